@@ -1,0 +1,1 @@
+"""Keypoint-augmented self-supervised segmentation of medical volumes: the engine, without any GUI."""

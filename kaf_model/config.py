@@ -1,0 +1,359 @@
+"""Every setting once: what the networks, the slices and the trainings are made from.
+
+Each class is a frozen pydantic model that refuses unknown keys. The command line, the forms of the
+plugin and the header of a checkpoint are made from these fields, so a description here is also a
+help text and a tooltip. Presets named after the paper reproduce its published settings.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+PresetName = Literal["small", "base", "paper-acdc", "paper-chd"]
+PRESETS: tuple[PresetName, ...] = ("small", "base", "paper-acdc", "paper-chd")
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def override(self, **values: Any) -> Self:
+        """Return a validated copy with some fields replaced."""
+        return type(self).model_validate({**self.model_dump(), **values})
+
+
+class SliceConfig(Settings):
+    """How a volume becomes network-ready slices."""
+
+    spacing: float | None = Field(
+        1.5, gt=0, description="In-plane pixel size in mm to which slices are resampled; none keeps the source's."
+    )
+    clip_percentiles: tuple[float, float] = Field(
+        (1.0, 99.0), description="Intensities of a volume are clipped at these percentiles, then z-scored."
+    )
+    divisor: int = Field(16, gt=0, description="Slices are padded so that both sides divide by this.")
+
+    @field_validator("clip_percentiles")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 100:
+            raise ValueError(f"clip_percentiles must be 0 <= low < high <= 100, got {value}")
+        return value
+
+
+class KeypointConfig(Settings):
+    """Which keypoints of a slice are detected."""
+
+    detector: Literal["sift", "superpoint"] = Field("sift", description="Keypoint detector.")
+    max_keypoints: int = Field(
+        1024, gt=0, description="At most this many keypoints a slice are kept, strongest response first."
+    )
+    contrast_threshold: float = Field(
+        0.04, ge=0, description="SIFT: lowest contrast of a keypoint; lower finds more."
+    )
+    edge_threshold: float = Field(10.0, gt=0, description="SIFT: edge-likeness above which a keypoint is dropped.")
+    sigma: float = Field(1.6, gt=0, description="SIFT: blur of the first octave, in pixels.")
+
+
+class CorrespondenceConfig(Settings):
+    """Which keypoints of two neighbouring slices are taken for the same anatomy (paper, section 3.2)."""
+
+    radius: float = Field(30.0, gt=0, description="Largest Manhattan distance in pixels.")
+    ratio: float | None = Field(
+        None, gt=0, le=1, description="Lowe's ratio: best over second-best descriptor distance; none turns it off."
+    )
+
+
+class ModelConfig(Settings):
+    """Architecture of the network."""
+
+    architecture: Literal["kaf-unet", "unet", "unet-c2"] = Field(
+        "kaf-unet",
+        description="KAF-UNet, the plain UNet, or the UNet with doubled channels (c2) of the paper's Table 7.",
+    )
+    num_classes: int = Field(2, ge=2, description="Classes including the background.")
+    start_channels: int = Field(16, gt=0, description="Channels of the first encoder block.")
+    kaf_levels: tuple[int, ...] = Field(
+        (3, 4), description="Encoder blocks (1 is the finest, 4 the coarsest) that carry a KAF layer."
+    )
+    embedding_width: int = Field(64, gt=0, description="Width of the keypoint embeddings.")
+    heads: int = Field(4, gt=0, description="Heads of each attention block.")
+    attention_blocks: int = Field(4, ge=0, description="Self-attention blocks in each KAF layer.")
+    diffusion_channels: int = Field(64, gt=0, description="Channels between the two diffusion convolutions.")
+    position_reference: float | None = Field(
+        None,
+        gt=0,
+        description="Length in pixels by which keypoint positions are scaled before they are encoded; none takes "
+        "the longer side of the slice, as published, which makes the code depend on the crop.",
+    )
+
+    @field_validator("kaf_levels")
+    @classmethod
+    def _levels(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if sorted(set(value)) != list(value) or not set(value) <= {1, 2, 3, 4}:
+            raise ValueError(f"kaf_levels must be ascending, distinct and within 1..4, got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.embedding_width % self.heads:
+            raise ValueError(f"embedding_width {self.embedding_width} must divide by heads {self.heads}")
+        if self.architecture == "kaf-unet" and not self.kaf_levels:
+            raise ValueError("a kaf-unet needs at least one of kaf_levels; choose architecture 'unet' for none")
+        return self
+
+    @classmethod
+    def preset(cls, name: PresetName, **overrides: Any) -> ModelConfig:
+        """Return a named architecture, any field overridden by keyword.
+
+        Args:
+            name: `small` (two CPU cores), `base` (a workstation), `paper-acdc` or `paper-chd` (published).
+            **overrides: Fields to replace, e.g. `num_classes=8`.
+
+        Raises:
+            ValueError: On an unknown preset or field.
+        """
+        return cls.model_validate({**_preset("model", name), **overrides})
+
+
+class AugmentConfig(Settings):
+    """How training slices are moved and changed. Spatial changes move image, labels and points alike."""
+
+    crop: tuple[int, int] | None = Field(
+        (128, 128), description="Height and width in pixels of what the network sees; none keeps the slice's size."
+    )
+    spatial_probability: float = Field(
+        0.9, ge=0, le=1, description="Chance that a slice is rotated, scaled and deformed; else it is only cropped."
+    )
+    mirror: bool = Field(False, description="Mirror each axis with chance one half.")
+    rotation: float = Field(30.0, ge=0, le=180, description="Rotation is drawn from plus or minus this, degrees.")
+    scale: tuple[float, float] = Field((0.75, 1.3), description="Magnification is drawn from this range.")
+    elastic_alpha: tuple[float, float] = Field((0.0, 250.0), description="Strength of the elastic deformation.")
+    elastic_sigma: tuple[float, float] = Field((9.0, 14.0), description="Smoothness of it, in pixels.")
+    intensity_probability: float = Field(
+        0.3, ge=0, le=1, description="Chance of each change of gamma, brightness, contrast, noise, blur and resolution."
+    )
+    gamma: tuple[float, float] = Field((0.7, 1.5), description="Exponent on intensities scaled to 0..1.")
+    brightness: float = Field(0.3, ge=0, description="Largest shift, in standard deviations of the volume.")
+    contrast: tuple[float, float] = Field((0.7, 1.3), description="Factor about the slice's mean.")
+    noise: float = Field(0.15, ge=0, description="Largest standard deviation of additive Gaussian noise.")
+    blur: tuple[float, float] = Field((0.5, 1.0), description="Sigma of a Gaussian blur, pixels.")
+    low_resolution: tuple[float, float] = Field((1.0, 2.0), description="Factor of simulated coarser sampling.")
+
+    @classmethod
+    def preset(cls, name: Literal["strong", "paper", "none"], **overrides: Any) -> AugmentConfig:
+        """Return named ranges: `strong` (default), `paper` (the published implementation's), `none` (crop only)."""
+        presets: dict[str, dict[str, Any]] = {
+            "strong": {},
+            "paper": {
+                "crop": (352, 352),
+                "spatial_probability": 0.67,
+                "mirror": True,
+                "rotation": 180.0,
+                "scale": (0.7, 1.3),
+                "elastic_alpha": (100.0, 350.0),
+                "elastic_sigma": (14.0, 17.0),
+                "intensity_probability": 0.0,
+            },
+            "none": {"spatial_probability": 0.0, "intensity_probability": 0.0},
+        }
+        if name not in presets:
+            raise ValueError(f"unknown augmentation preset {name!r}; choose one of {', '.join(presets)}")
+        return cls.model_validate({**presets[name], **overrides})
+
+
+class TrainingConfig(Settings):
+    """What pretraining and finetuning share."""
+
+    steps: int | None = Field(None, gt=0, description="Optimiser steps; none trains until the time budget ends.")
+    time_budget: float | None = Field(None, gt=0, description="Seconds of training; whichever budget ends first.")
+    batch_size: int = Field(10, gt=0, description="Slices (finetuning) or pairs of slices (pretraining) a step.")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="Optimiser.")
+    learning_rate: float = Field(2e-3, gt=0, description="Highest learning rate; it falls along a cosine.")
+    learning_rate_floor: float = Field(0.0, ge=0, lt=1, description="Last learning rate, as a part of the highest.")
+    warmup: float = Field(0.02, ge=0, lt=1, description="Part of the training in which the learning rate rises.")
+    weight_decay: float = Field(1e-4, ge=0, description="Weight decay.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD.")
+    gradient_clip: float | None = Field(5.0, gt=0, description="Largest norm of the gradient; none leaves it.")
+    checkpoint_every: float = Field(60.0, gt=0, description="Seconds between checkpoints written while training.")
+    seed: int = Field(0, ge=0, description="Seed of weights, sampling and augmentation.")
+    augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Augmentation.")
+
+    @model_validator(mode="after")
+    def _some_budget(self) -> Self:
+        if self.steps is None and self.time_budget is None:
+            raise ValueError("training needs a budget: give steps, time_budget (seconds), or both")
+        return self
+
+
+class PretrainConfig(TrainingConfig):
+    """Self-supervised pretraining (paper, section 3.2)."""
+
+    steps: int | None = Field(2000, gt=0, description="Optimiser steps; none trains until the time budget ends.")
+    weight_pcl: float = Field(1.0, ge=0, description="w1: weight of L_PCL on the bottleneck (Eq. 3).")
+    weight_global: float = Field(1.0, ge=0, description="w2: weight of L_global on keypoint features (Eq. 3).")
+    weight_local: float = Field(0.01, ge=0, description="w3: weight of L_local, the keypoint matching (Eq. 3).")
+    temperature: float = Field(0.1, gt=0, description="Temperature of the contrastive losses (Eq. 1).")
+    contrastive_scale: float = Field(
+        1.0, gt=0, description="Factor on both contrastive losses; published: temperature / 0.07."
+    )
+    position_threshold: float = Field(
+        0.35, gt=0, le=1, description="Slices closer than this (0..1 along the volume) are a positive pair."
+    )
+    neighbour_range: float = Field(
+        0.18, gt=0, le=1, description="The second view is a slice within this part of the volume, never itself."
+    )
+    projection_width: int = Field(512, gt=0, description="Width of the global embeddings.")
+    matching_rounds: int = Field(2, ge=0, description="Rounds of self- and cross-attention before matching.")
+    sinkhorn_iterations: int = Field(100, gt=0, description="Iterations of the optimal transport.")
+    matched_weight: float = Field(0.45, ge=0, description="Weight of the mean over matched keypoints in L_local.")
+    unmatched_weight: float = Field(1.0, ge=0, description="Weight of the mean over unmatched keypoints.")
+    correspondences: CorrespondenceConfig = Field(
+        default_factory=CorrespondenceConfig, description="Which keypoints of two slices count as the same."
+    )
+
+    @classmethod
+    def preset(cls, name: PresetName, **overrides: Any) -> PretrainConfig:
+        """Return the named pretraining settings, any field overridden by keyword."""
+        return cls.model_validate({**_preset("pretrain", name), **overrides})
+
+
+class FinetuneConfig(TrainingConfig):
+    """Supervised training on a few labelled slices."""
+
+    steps: int | None = Field(1200, gt=0, description="Optimiser steps; none trains until the time budget ends.")
+    loss: Literal["dice+cross-entropy", "cross-entropy"] = Field(
+        "dice+cross-entropy", description="Dice plus cross-entropy, or cross-entropy alone as in the paper."
+    )
+    encoder_learning_rate: float = Field(
+        1.0, ge=0, description="Learning rate of pretrained parts, as a part of the others'; 0 freezes them."
+    )
+    averaging: float = Field(
+        0.99, ge=0, lt=1, description="Decay of the running average of the weights that is kept; 0 keeps the last."
+    )
+    holdout: float = Field(
+        0.0, ge=0, lt=1, description="Part of the labelled slices held out to measure Dice while training."
+    )
+    holdout_every: int = Field(100, gt=0, description="Steps between measurements on held-out slices.")
+
+    @classmethod
+    def preset(cls, name: PresetName, **overrides: Any) -> FinetuneConfig:
+        """Return the named finetuning settings, any field overridden by keyword."""
+        return cls.model_validate({**_preset("finetune", name), **overrides})
+
+
+class SegmentConfig(Settings):
+    """How a trained model is applied to a volume."""
+
+    batch_size: int = Field(8, gt=0, description="Slices a forward pass.")
+    flips: bool = Field(False, description="Average over mirrored copies of each slice (4 times the work).")
+    largest_component: bool = Field(False, description="Keep only the largest connected component of each class.")
+    probabilities: bool = Field(False, description="Also return the probability of each class.")
+    uncertainty: bool = Field(False, description="Also return the entropy of the class probabilities, 0..1.")
+
+
+class Recipe(Settings):
+    """All settings of one preset: the tree that `--preset`, `--config` and `--set` work on."""
+
+    slices: SliceConfig = Field(default_factory=SliceConfig, description="Preprocessing.")
+    keypoints: KeypointConfig = Field(default_factory=KeypointConfig, description="Keypoint detection.")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="Architecture.")
+    pretrain: PretrainConfig = Field(default_factory=PretrainConfig, description="Pretraining.")
+    finetune: FinetuneConfig = Field(default_factory=FinetuneConfig, description="Finetuning.")
+    segment: SegmentConfig = Field(default_factory=SegmentConfig, description="Segmentation.")
+
+    @classmethod
+    def preset(cls, name: PresetName) -> Recipe:
+        """Return every setting of a named preset."""
+        return cls.model_validate({part: _preset(part, name) for part in cls.model_fields})
+
+
+def _preset(part: str, name: str) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return _PRESETS[name].get(part, {})
+
+
+_PUBLISHED_MODEL = {
+    "kaf_levels": (1, 2, 3, 4),
+    "embedding_width": 256,
+    "heads": 4,
+    "attention_blocks": 12,
+    "position_reference": None,
+}
+_PUBLISHED_PRETRAIN = {
+    "steps": None,
+    "batch_size": 32,
+    "optimizer": "sgd",
+    "learning_rate": 0.002,
+    "warmup": 0.0,
+    "weight_decay": 1e-5,
+    "gradient_clip": None,
+    "contrastive_scale": 0.1 / 0.07,
+}
+_PUBLISHED_FINETUNE = {
+    "batch_size": 10,
+    "optimizer": "adam",
+    "learning_rate_floor": 0.1,
+    "warmup": 0.0,
+    "weight_decay": 1e-5,
+    "gradient_clip": None,
+    "loss": "cross-entropy",
+    "averaging": 0.0,
+}
+
+_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "small": {
+        "model": {"position_reference": 128.0},
+        "pretrain": {"batch_size": 16},
+    },
+    "base": {
+        "slices": {"spacing": 1.25},
+        "model": {
+            "start_channels": 32,
+            "kaf_levels": (2, 3, 4),
+            "embedding_width": 128,
+            "attention_blocks": 6,
+            "position_reference": 192.0,
+        },
+        "pretrain": {"batch_size": 32, "steps": 10_000, "augment": {"crop": (192, 192)}},
+        "finetune": {"steps": 4000, "augment": {"crop": (192, 192)}},
+    },
+    "paper-acdc": {
+        "slices": {"spacing": 1.25, "clip_percentiles": (0.0, 100.0)},
+        "model": {**_PUBLISHED_MODEL, "start_channels": 48, "num_classes": 4},
+        "pretrain": {
+            **_PUBLISHED_PRETRAIN,
+            "steps": 2000,
+            "position_threshold": 0.35,
+            "neighbour_range": 0.18,
+            "augment": AugmentConfig.preset("paper").model_dump(),
+        },
+        "finetune": {
+            **_PUBLISHED_FINETUNE,
+            "steps": 4000,
+            "learning_rate": 5e-4,
+            "augment": AugmentConfig.preset("paper").model_dump(),
+        },
+    },
+    "paper-chd": {
+        "slices": {"spacing": None},
+        "model": {**_PUBLISHED_MODEL, "start_channels": 32, "num_classes": 8},
+        "pretrain": {
+            **_PUBLISHED_PRETRAIN,
+            "steps": 20_000,
+            "position_threshold": 0.1,
+            "neighbour_range": 0.05,
+            "augment": AugmentConfig.preset("paper", crop=(512, 512)).model_dump(),
+        },
+        "finetune": {
+            **_PUBLISHED_FINETUNE,
+            "steps": 20_000,
+            "learning_rate": 5e-5,
+            "augment": AugmentConfig.preset("none", crop=None).model_dump(),
+        },
+    },
+}

@@ -1,0 +1,1 @@
+"""The training losses, one file a loss."""

@@ -1,0 +1,27 @@
+"""The value that long work yields: where it is, what it measures, when it will end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report of a long task.
+
+    Attributes:
+        stage: What is being done, in words a person reads: "reading", "detecting keypoints", "training".
+        step: Units done in this stage.
+        total: Units of this stage, or None when it cannot be known.
+        losses: Named values to plot against `step`, e.g. {"total": 1.2, "local": 3.4}.
+        eta: Seconds to the end of the stage, or None when it cannot be known.
+        message: Something to tell the user once, e.g. a volume that was passed over; else empty.
+    """
+
+    stage: str
+    step: int
+    total: int | None
+    losses: Mapping[str, float] = field(default_factory=dict)
+    eta: float | None = None
+    message: str = ""
