@@ -168,8 +168,9 @@ class AugmentConfig(Settings):
 class TrainingConfig(Settings):
     """What pretraining and finetuning share."""
 
-    steps: int | None = Field(None, gt=0, description="Optimiser steps; none trains until the time budget ends.")
-    time_budget: float | None = Field(None, gt=0, description="Seconds of training; whichever budget ends first.")
+    steps: int | None = Field(None, gt=0, description="Optimiser steps to train.")
+    epochs: float | None = Field(None, gt=0, description="Passes over all training slices to train.")
+    time_budget: float | None = Field(None, gt=0, description="Seconds to train; the budget that ends first counts.")
     batch_size: int = Field(10, gt=0, description="Slices (finetuning) or pairs of slices (pretraining) a step.")
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="Optimiser.")
     learning_rate: float = Field(2e-3, gt=0, description="Highest learning rate; it falls along a cosine.")
@@ -184,15 +185,15 @@ class TrainingConfig(Settings):
 
     @model_validator(mode="after")
     def _some_budget(self) -> Self:
-        if self.steps is None and self.time_budget is None:
-            raise ValueError("training needs a budget: give steps, time_budget (seconds), or both")
+        if self.steps is None and self.epochs is None and self.time_budget is None:
+            raise ValueError("training needs a budget: give steps, epochs or time_budget (seconds)")
         return self
 
 
 class PretrainConfig(TrainingConfig):
     """Self-supervised pretraining (paper, section 3.2)."""
 
-    steps: int | None = Field(2000, gt=0, description="Optimiser steps; none trains until the time budget ends.")
+    steps: int | None = Field(2000, gt=0, description="Optimiser steps to train.")
     weight_pcl: float = Field(1.0, ge=0, description="w1: weight of L_PCL on the bottleneck (Eq. 3).")
     weight_global: float = Field(1.0, ge=0, description="w2: weight of L_global on keypoint features (Eq. 3).")
     weight_local: float = Field(0.01, ge=0, description="w3: weight of L_local, the keypoint matching (Eq. 3).")
@@ -224,9 +225,12 @@ class PretrainConfig(TrainingConfig):
 class FinetuneConfig(TrainingConfig):
     """Supervised training on a few labelled slices."""
 
-    steps: int | None = Field(1200, gt=0, description="Optimiser steps; none trains until the time budget ends.")
+    steps: int | None = Field(1200, gt=0, description="Optimiser steps to train.")
     loss: Literal["dice+cross-entropy", "cross-entropy"] = Field(
         "dice+cross-entropy", description="Dice plus cross-entropy, or cross-entropy alone as in the paper."
+    )
+    foreground: float = Field(
+        0.33, ge=0, le=1, description="Part of the crops that are centred on a labelled structure."
     )
     encoder_learning_rate: float = Field(
         1.0, ge=0, description="Learning rate of pretrained parts, as a part of the others'; 0 freezes them."
@@ -237,7 +241,7 @@ class FinetuneConfig(TrainingConfig):
     holdout: float = Field(
         0.0, ge=0, lt=1, description="Part of the labelled slices held out to measure Dice while training."
     )
-    holdout_every: int = Field(100, gt=0, description="Steps between measurements on held-out slices.")
+    holdout_every: int = Field(50, gt=0, description="Steps between measurements on held-out slices.")
 
     @classmethod
     def preset(cls, name: PresetName, **overrides: Any) -> FinetuneConfig:
@@ -286,6 +290,7 @@ _PUBLISHED_MODEL = {
 }
 _PUBLISHED_PRETRAIN = {
     "steps": None,
+    "epochs": 50,
     "batch_size": 32,
     "optimizer": "sgd",
     "learning_rate": 0.002,
@@ -295,7 +300,9 @@ _PUBLISHED_PRETRAIN = {
     "contrastive_scale": 0.1 / 0.07,
 }
 _PUBLISHED_FINETUNE = {
+    "steps": None,
     "batch_size": 10,
+    "foreground": 0.0,
     "optimizer": "adam",
     "learning_rate_floor": 0.1,
     "warmup": 0.0,
@@ -327,14 +334,13 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {**_PUBLISHED_MODEL, "start_channels": 48, "num_classes": 4},
         "pretrain": {
             **_PUBLISHED_PRETRAIN,
-            "steps": 2000,
             "position_threshold": 0.35,
             "neighbour_range": 0.18,
             "augment": AugmentConfig.preset("paper").model_dump(),
         },
         "finetune": {
             **_PUBLISHED_FINETUNE,
-            "steps": 4000,
+            "epochs": 200,
             "learning_rate": 5e-4,
             "augment": AugmentConfig.preset("paper").model_dump(),
         },
@@ -344,14 +350,13 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {**_PUBLISHED_MODEL, "start_channels": 32, "num_classes": 8},
         "pretrain": {
             **_PUBLISHED_PRETRAIN,
-            "steps": 20_000,
             "position_threshold": 0.1,
             "neighbour_range": 0.05,
             "augment": AugmentConfig.preset("paper", crop=(512, 512)).model_dump(),
         },
         "finetune": {
             **_PUBLISHED_FINETUNE,
-            "steps": 20_000,
+            "epochs": 100,
             "learning_rate": 5e-5,
             "augment": AugmentConfig.preset("none", crop=None).model_dump(),
         },

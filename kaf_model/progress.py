@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kaf_model.checkpoint import Model
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,8 @@ class Progress:
         losses: Named values to plot against `step`, e.g. {"total": 1.2, "local": 3.4}.
         eta: Seconds to the end of the stage, or None when it cannot be known.
         message: Something to tell the user once, e.g. a volume that was passed over; else empty.
+        preview: Makes a copy of the model as it is now, for a look while training goes on; to be called
+            before the next report is asked for. None where there is no model.
     """
 
     stage: str
@@ -25,3 +31,4 @@ class Progress:
     losses: Mapping[str, float] = field(default_factory=dict)
     eta: float | None = None
     message: str = ""
+    preview: Callable[[], Model] | None = None

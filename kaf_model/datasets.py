@@ -1,0 +1,549 @@
+"""Training data: volumes as slices with keypoints, and batches of augmented views made from them.
+
+A volume is resampled, normalised and searched for keypoints once. A batch is a pure function of its
+settings, the seed and the step, so nothing but the step number is needed to go on after a break.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from kaf_model.augment import SpatialTransform
+from kaf_model.config import AugmentConfig, CorrespondenceConfig, KeypointConfig, SliceConfig
+from kaf_model.correspondences import UNMATCHED, find_correspondences
+from kaf_model.engine import generator_for
+from kaf_model.errors import UserError
+from kaf_model.intensity import IntensityChange
+from kaf_model.keypoints import Detector, KeypointCache, Keypoints, iter_detect, make_detector
+from kaf_model.labels import ClassMap, LabelledVolume
+from kaf_model.losses import IGNORED
+from kaf_model.progress import Progress
+from kaf_model.slices import Slices
+from kaf_model.volume import Unreadable, Volume, scan_volumes
+
+IN_MEMORY_LIMIT = 2 * 2**30
+"""Bytes of prepared slices kept in memory; what comes after lies in a temporary file."""
+
+
+@dataclass(frozen=True)
+class PreparedVolume:
+    """A volume as the trainings read it.
+
+    Attributes:
+        name: The volume's name.
+        images: (Z, H, W) normalised slices, float16 to halve their memory.
+        keypoints: Keypoints of each slice.
+        positions: (Z,) slice positions, 0..1 along the body.
+        spacing: (z, y, x) mm of the source.
+        intensity: The values the volume was clipped at and scaled by.
+    """
+
+    name: str
+    images: NDArray[np.float16]
+    keypoints: Sequence[Keypoints]
+    positions: NDArray[np.float32]
+    spacing: tuple[float, float, float]
+    intensity: dict[str, float]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class SliceStore:
+    """Where prepared slices lie: in memory up to a limit, then in temporary files that go with the store."""
+
+    def __init__(self, limit: int = IN_MEMORY_LIMIT) -> None:
+        self.room = limit
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def empty(self, shape: tuple[int, ...]) -> NDArray[np.float16]:
+        """An array to be filled with slices."""
+        size = 2 * int(np.prod(shape))
+        if size <= self.room:
+            self.room -= size
+            return np.empty(shape, np.float16)
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="kaf-slices-", ignore_cleanup_errors=True)
+        self._files += 1
+        path = Path(self._folder.name) / f"{self._files}.npy"
+        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+
+
+def prepare_volumes(
+    volumes: Iterable[Volume | Unreadable | str | Path],
+    slices: SliceConfig,
+    keypoints: KeypointConfig,
+    *,
+    cache: KeypointCache | None = None,
+    store: SliceStore | None = None,
+) -> Generator[Progress, None, list[PreparedVolume]]:
+    """Prepare volumes one after the other; what cannot be used is named and passed over.
+
+    Args:
+        volumes: Volumes, or paths that are read here, one at a time.
+        slices: Preprocessing.
+        keypoints: Detection.
+        cache: Keypoints found before; None detects all.
+        store: Where slices are kept.
+
+    Yields:
+        One report a batch of slices, and one for each volume that is passed over.
+
+    Returns:
+        The prepared volumes.
+
+    Raises:
+        UserError: If none can be used.
+    """
+    store = store or SliceStore()
+    detector = make_detector(keypoints)
+    sources = list(volumes)
+    prepared: list[PreparedVolume] = []
+    passed_over: list[str] = []
+    for number, source in enumerate(sources):
+        for volume in [source] if isinstance(source, (Volume, Unreadable)) else scan_volumes([source]):
+            if isinstance(volume, Unreadable):
+                passed_over.append(f"{volume.path.name}: {volume.reason}")
+                yield Progress("preparing", number + 1, len(sources), message=f"passed over {passed_over[-1]}")
+                continue
+            slices_done = prepare_slices(volume, slices, detector, store=store, cache=cache)
+            prepared.append((yield from _reported(slices_done, number, len(sources))))
+        yield Progress("preparing", number + 1, len(sources))
+    if not prepared:
+        reasons = "; ".join(passed_over[:3]) or "there was none"
+        raise UserError(f"no volume can be used: {reasons}")
+    return prepared
+
+
+def _reported(
+    slices_done: Generator[int, None, PreparedVolume], number: int, total: int
+) -> Generator[Progress, None, PreparedVolume]:
+    """Report once for each batch of slices of volume `number` of `total`."""
+    while True:
+        try:
+            next(slices_done)
+        except StopIteration as done:
+            prepared: PreparedVolume = done.value
+            return prepared
+        yield Progress("preparing", number, total)
+
+
+def prepare_labelled(
+    cases: Sequence[LabelledVolume],
+    classes: ClassMap,
+    config: SliceConfig,
+    keypoints: KeypointConfig,
+    *,
+    cache: KeypointCache | None = None,
+) -> Generator[Progress, None, tuple[list[PreparedVolume], list[LabelledSlice]]]:
+    """Prepare the labelled slices of labelled volumes, and only those.
+
+    Yields:
+        One report a batch of slices.
+
+    Returns:
+        The volumes, each with its labelled slices only, and all labelled slices in order.
+    """
+    store, detector = SliceStore(), make_detector(keypoints)
+    volumes: list[PreparedVolume] = []
+    labelled: list[LabelledSlice] = []
+    for number, case in enumerate(cases):
+        indices = sorted(case.statuses)
+        if not indices:
+            continue
+        slices_done = prepare_slices(case.volume, config, detector, store=store, cache=cache, indices=indices)
+        volume = yield from _reported(slices_done, number, len(cases))
+        values = Slices(case.volume, config).labels(case.labels, indices)
+        for row, z in enumerate(indices):
+            where = f"slice {z} of {case.volume.name}"
+            channels = classes.channels(values[row], case.statuses[z], where)
+            labelled.append(LabelledSlice(volume.images[row], volume.keypoints[row].positions, channels))
+        volumes.append(volume)
+        yield Progress("preparing", number + 1, len(cases))
+    return volumes, labelled
+
+
+def prepare_slices(
+    volume: Volume,
+    config: SliceConfig,
+    detector: Detector,
+    *,
+    store: SliceStore,
+    cache: KeypointCache | None = None,
+    indices: Sequence[int] | None = None,
+) -> Generator[int, None, PreparedVolume]:
+    """Resample, normalise and search for keypoints the slices of one volume, all or some.
+
+    Yields:
+        Slices done, now and then.
+    """
+    stack = Slices(volume, config)
+    wanted = range(stack.num_slices) if indices is None else indices
+    images = store.empty((len(wanted), *stack.shape))
+    keypoints: list[Keypoints] = []
+    for start in range(0, len(wanted), 32):
+        chunk = stack.images(wanted[start : start + 32])
+        images[start : start + len(chunk)] = chunk
+        keypoints.extend(iter_detect(chunk, detector, cache=cache))
+        yield start + len(chunk)
+    intensity = dataclasses.asdict(stack.intensities)
+    return PreparedVolume(
+        volume.name, images, keypoints, stack.positions[list(wanted)], volume.spacing, intensity
+    )
+
+
+def statistics_of(volumes: Sequence[PreparedVolume]) -> dict[str, object]:
+    """Spacing and intensities of a set of volumes, for the header of a checkpoint."""
+    spacing = np.median([volume.spacing for volume in volumes], axis=0)
+    keys = volumes[0].intensity
+    return {
+        "num_volumes": len(volumes),
+        "num_slices": sum(len(volume) for volume in volumes),
+        "median_spacing_mm": [round(float(value), 4) for value in spacing],
+        "median_intensity": {key: float(np.median([v.intensity[key] for v in volumes])) for key in keys},
+    }
+
+
+class Views(NamedTuple):
+    """A padded batch of B slices.
+
+    Attributes:
+        images: (B, 1, H, W)
+        keypoints: (B, N, 2) (y, x) pixels.
+        valid: (B, N) bool.
+    """
+
+    images: Tensor
+    keypoints: Tensor
+    valid: Tensor
+
+
+class PretrainingBatch(NamedTuple):
+    """P pairs of views: P first, then their P partners.
+
+    Attributes:
+        views: 2 P slices.
+        slice_position: (2 P,), a pair shares the position of its first slice.
+        matches0: (P, N) index into the partner for each keypoint of the first view, or UNMATCHED.
+    """
+
+    views: Views
+    slice_position: Tensor
+    matches0: Tensor
+
+
+class LabelledBatch(NamedTuple):
+    """B labelled views.
+
+    Attributes:
+        views: B slices.
+        labels: (B, H, W) class indices, or IGNORED.
+    """
+
+    views: Views
+    labels: Tensor
+
+
+def stack_padded(slices: Sequence[NDArray[np.generic]], fill: float | None = None) -> Tensor:
+    """Stack slices of mixed sizes (H_i, W_i) into (B, H, W), padded at the bottom and right.
+
+    Args:
+        slices: The slices.
+        fill: Value of the padding; None repeats the edge.
+    """
+    height = max(image.shape[0] for image in slices)
+    width = max(image.shape[1] for image in slices)
+    padded = []
+    for image in slices:
+        tensor = torch.from_numpy(np.ascontiguousarray(image))
+        missing = (0, width - image.shape[1], 0, height - image.shape[0])
+        if any(missing) and fill is None:
+            tensor = functional.pad(tensor.float()[None, None], missing, mode="replicate")[0, 0]
+        elif any(missing):
+            tensor = functional.pad(tensor, missing, value=fill)
+        padded.append(tensor)
+    return torch.stack(padded)
+
+
+def whole_canvas(sizes: Tensor, divisor: int = 16) -> tuple[int, int]:
+    """Height and width that hold slices of the given sizes (B, 2) and that the networks can halve four times."""
+    height, width = (-(-int(side) // divisor) * divisor for side in sizes.max(0).values)
+    return height, width
+
+
+def pad_keypoints(positions: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
+    """Positions (N_i, 2) of B slices -> padded (B, N, 2) and valid (B, N)."""
+    longest = max((len(points) for points in positions), default=0)
+    padded = torch.zeros(len(positions), longest, 2)
+    valid = torch.zeros(len(positions), longest, dtype=torch.bool)
+    for row, points in enumerate(positions):
+        padded[row, : len(points)] = torch.from_numpy(np.asarray(points))
+        valid[row, : len(points)] = True
+    return padded, valid
+
+
+def compact(keypoints: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Move valid keypoints to the front and cut the padding to what the batch needs.
+
+    Returns:
+        Keypoints (B, M, 2), valid (B, M), and the slot (B, M) each came from.
+    """
+    order = torch.argsort(~valid, dim=1, stable=True)
+    order = order[:, : int(valid.sum(1).max()) if valid.numel() else 0]
+    return keypoints.gather(1, order[..., None].expand(-1, -1, 2)), valid.gather(1, order), order
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of each joint batch that one process, and one micro-batch of it, works on."""
+
+    rank: int = 0
+    world: int = 1
+    part: int = 0
+    parts: int = 1
+
+    def rows(self, size: int) -> Tensor:
+        """Indices of this shard's items in a joint batch of a size; at least one."""
+        number, total = self.rank * self.parts + self.part, self.world * self.parts
+        rows = torch.arange(size * number // total, size * (number + 1) // total)
+        return rows if len(rows) else torch.tensor([number % size])
+
+
+def augment_views(
+    images: Tensor,
+    keypoints: Tensor,
+    valid: Tensor,
+    *,
+    transform: SpatialTransform,
+    intensity: IntensityChange,
+) -> Views:
+    """Apply one spatial map to images and keypoints, then change intensities.
+
+    Args:
+        images: (B, H, W) padded canvas.
+        keypoints: (B, N, 2)
+        valid: (B, N)
+        transform: The map of each slice.
+        intensity: The intensity changes of each slice.
+
+    Returns:
+        Views whose keypoints keep their slots; those that left are not valid.
+    """
+    moved, inside = transform.points(keypoints, valid)
+    warped = transform.images(images[:, None].float())
+    return Views(intensity.apply(warped).contiguous(memory_format=torch.channels_last), moved, inside)
+
+
+class PretrainingPairs:
+    """Draws the pairs of neighbouring slices of each step.
+
+    Args:
+        volumes: Prepared volumes.
+        augment: Augmentation.
+        neighbour_range: The partner is a slice within this part of the volume, never itself.
+        correspondences: Which keypoints of a pair count as the same.
+        batch_size: Pairs in the joint batch of all processes.
+        seed: Of sampling and augmentation.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[PreparedVolume],
+        *,
+        augment: AugmentConfig,
+        neighbour_range: float,
+        correspondences: CorrespondenceConfig,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.volumes = volumes
+        self.augment = augment
+        self.neighbour_range = neighbour_range
+        self.correspondences = correspondences
+        self.batch_size = batch_size
+        self.seed = seed
+        self.index = [(v, z) for v, volume in enumerate(volumes) for z in range(len(volume))]
+        self._matches: dict[tuple[int, int, int], NDArray[np.int64]] = {}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def pairs(self, step: int) -> list[tuple[int, int, int]]:
+        """The joint batch of a step as (volume, slice, partner slice)."""
+        chosen = []
+        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, place = divmod(number, len(self.index))
+            order = torch.randperm(len(self.index), generator=generator_for(self.seed, epoch, 1))
+            v, z = self.index[int(order[place])]
+            near = self.neighbours(v, z)
+            pick = torch.randint(len(near), (1,), generator=generator_for(self.seed, number, 2))
+            chosen.append((v, z, near[int(pick)]))
+        return chosen
+
+    def neighbours(self, volume: int, z: int) -> list[int]:
+        """Slices that may be the partner of a slice: those in range, else the next ones, else itself alone."""
+        positions = self.volumes[volume].positions
+        others = [other for other in range(len(positions)) if other != z]
+        near = [other for other in others if abs(positions[other] - positions[z]) < self.neighbour_range]
+        return near or [other for other in others if abs(other - z) == 1] or [z]
+
+    def matches0(self, volume: int, z0: int, z1: int) -> NDArray[np.int64]:
+        """Correspondences of two slices of a volume, found once."""
+        key = (volume, z0, z1)
+        if key not in self._matches:
+            keypoints = self.volumes[volume].keypoints
+            found = find_correspondences(keypoints[z0], keypoints[z1], self.correspondences)
+            self._matches[key] = found.matches0
+        return self._matches[key]
+
+    def batch(self, step: int, device: torch.device, shard: Shard | None = None) -> PretrainingBatch:
+        """The augmented views of a step."""
+        shard = shard or Shard()
+        pairs = self.pairs(step)
+        rows = shard.rows(len(pairs))
+        both = torch.cat([rows, rows + len(pairs)])  # rows of the joint batch of first and second views
+        slots = [(v, z0) for v, z0, _ in pairs] + [(v, z1) for v, _, z1 in pairs]
+        sizes = torch.tensor([self.volumes[v].images.shape[1:] for v, _ in slots])
+        transform = SpatialTransform.sample(
+            self.augment,
+            sizes,
+            generator=generator_for(self.seed, step, 3),
+            device=device,
+            canvas=whole_canvas(sizes),
+        ).select(both)
+        intensity = IntensityChange.sample(
+            self.augment, len(slots), generator=generator_for(self.seed, step, 4)
+        ).select(both)
+        own = [slots[row] for row in both.tolist()]
+        keypoints, valid = pad_keypoints([self.volumes[v].keypoints[z].positions for v, z in own])
+        views = augment_views(
+            stack_padded([self.volumes[v].images[z] for v, z in own]).to(device),
+            keypoints.to(device),
+            valid.to(device),
+            transform=transform,
+            intensity=intensity,
+        )
+        matches0 = torch.full((len(rows), keypoints.shape[1]), UNMATCHED)
+        for row, pair in enumerate(rows.tolist()):
+            found = self.matches0(*pairs[pair])
+            matches0[row, : len(found)] = torch.from_numpy(found)
+        position = torch.tensor([float(self.volumes[pairs[r][0]].positions[pairs[r][1]]) for r in rows.tolist()])
+        return _compact_pairs(views, matches0.to(device), position.repeat(2).to(device))
+
+
+def _compact_pairs(views: Views, matches0: Tensor, position: Tensor) -> PretrainingBatch:
+    pairs = len(matches0)
+    keypoints, valid, order = compact(views.keypoints, views.valid)
+    if not keypoints.shape[1]:
+        return PretrainingBatch(Views(views.images, keypoints, valid), position, matches0[:, :0])
+    partner = matches0.gather(1, order[:pairs])  # slots of the second view before it was compacted
+    place = torch.full_like(views.valid[pairs:], UNMATCHED, dtype=torch.long)
+    slots = torch.arange(order.shape[1], device=order.device).expand_as(order[pairs:])
+    place.scatter_(1, order[pairs:], torch.where(valid[pairs:], slots, UNMATCHED))
+    moved = place.gather(1, partner.clamp(min=0))
+    matched = (partner >= 0) & valid[:pairs]
+    return PretrainingBatch(
+        Views(views.images, keypoints, valid), position, torch.where(matched, moved, UNMATCHED)
+    )
+
+
+@dataclass(frozen=True)
+class LabelledSlice:
+    """A slice to learn from.
+
+    Attributes:
+        image: (H, W) normalised.
+        keypoints: (N, 2) positions.
+        labels: (H, W) class indices, or IGNORED where nothing is known.
+    """
+
+    image: NDArray[np.float16]
+    keypoints: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+class LabelledSlices:
+    """Draws the augmented labelled slices of each step.
+
+    Args:
+        slices: Labelled slices.
+        augment: Augmentation.
+        foreground: Part of the crops that are centred on a labelled structure.
+        batch_size: Slices in the joint batch of all processes.
+        seed: Of sampling and augmentation.
+    """
+
+    def __init__(
+        self,
+        slices: Sequence[LabelledSlice],
+        *,
+        augment: AugmentConfig,
+        foreground: float,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.slices = slices
+        self.augment = augment
+        self.foreground = foreground
+        self.batch_size = batch_size
+        self.seed = seed
+        self._where = [np.argwhere(labelled.labels > 0) for labelled in slices]
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def batch(self, step: int, device: torch.device, shard: Shard | None = None) -> LabelledBatch:
+        """The augmented slices of a step."""
+        chosen = []
+        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, place = divmod(number, len(self))
+            order = torch.randperm(len(self), generator=generator_for(self.seed, epoch, 1))
+            chosen.append(int(order[place]))
+        rows = (shard or Shard()).rows(len(chosen))
+        sizes = torch.tensor([self.slices[s].image.shape for s in chosen])
+        transform = SpatialTransform.sample(
+            self.augment,
+            sizes,
+            generator=generator_for(self.seed, step, 3),
+            device=device,
+            centres=self._centres(chosen, step),
+            canvas=whole_canvas(sizes),
+        ).select(rows)
+        intensity = IntensityChange.sample(
+            self.augment, len(chosen), generator=generator_for(self.seed, step, 4)
+        ).select(rows)
+        own = [self.slices[chosen[row]] for row in rows.tolist()]
+        keypoints, valid = pad_keypoints([labelled.keypoints for labelled in own])
+        views = augment_views(
+            stack_padded([labelled.image for labelled in own]).to(device),
+            keypoints.to(device),
+            valid.to(device),
+            transform=transform,
+            intensity=intensity,
+        )
+        moved, inside, _ = compact(views.keypoints, views.valid)
+        labels = stack_padded([labelled.labels for labelled in own], fill=IGNORED).to(device)
+        return LabelledBatch(Views(views.images, moved, inside), transform.labels(labels, outside=IGNORED))
+
+    def _centres(self, chosen: Sequence[int], step: int) -> Tensor:
+        """A labelled foreground pixel for some slices, NaN for those that are cropped anywhere."""
+        generator = generator_for(self.seed, step, 5)
+        draws = torch.rand(len(chosen), 2, generator=generator)
+        centres = torch.full((len(chosen), 2), torch.nan)
+        for row, (index, (chance, place)) in enumerate(zip(chosen, draws.tolist(), strict=True)):
+            where = self._where[index]
+            if len(where) and chance < self.foreground:
+                centres[row] = torch.from_numpy(where[int(place * len(where))]).float()
+        return centres

@@ -1,0 +1,330 @@
+"""Where and how training runs: device, precision, seeds, and the loop that both trainings share.
+
+The loop is written on Lightning Fabric, so the same code runs on a CPU, on one GPU, and under
+`torchrun` on many. All randomness of a step comes from (seed, step): a resumed training draws what an
+uninterrupted one would have drawn, and each of several processes draws its share of the joint batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from kaf_model.checkpoint import load_header, load_tensors, save_tensors
+from kaf_model.config import TrainingConfig
+from kaf_model.errors import UserError
+from kaf_model.progress import Progress
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+DEVICES: tuple[DeviceName, ...] = ("auto", "cpu", "cuda", "mps")
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss became NaN or infinite; names the term and the step."""
+
+
+class OutOfMemory(UserError):
+    """Not even one slice at a time fits the device."""
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device a name stands for; "auto" takes a GPU if there is one.
+
+    Raises:
+        UserError: If the device does not exist here.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, there in available.items() if there))
+    if name not in available:
+        raise UserError(f"unknown device {name!r}; choose one of {', '.join(DEVICES)}")
+    if not available[name]:
+        there = ", ".join(device for device, is_there in available.items() if is_there)
+        raise UserError(f"no {name} device here; this machine has: {there}")
+    return torch.device(name)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def make_fabric(device: str = "auto", *, precision: Literal["auto", "float32"] = "auto") -> Fabric:
+    """Set up Lightning Fabric: one device, or the share of this process under `torchrun`.
+
+    Args:
+        device: A name of `DEVICES`.
+        precision: "auto" takes mixed bfloat16 where the device is fast at it; "float32" never does.
+    """
+    chosen = choose_device(device)
+    mixed = precision == "auto" and has_bfloat16(chosen)
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if processes > 1 else 1
+    with _quiet("lightning_fabric"):
+        fabric = Fabric(
+            accelerator=chosen.type,
+            devices=local,
+            num_nodes=processes // local,
+            strategy="ddp" if processes > 1 else "auto",
+            precision="bf16-mixed" if mixed else "32-true",
+        )
+        fabric.launch()
+    return fabric
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Let a library's logger say only warnings, for as long as the block runs."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Mixed precision for inference on a device; does nothing where bfloat16 is not fast."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
+
+
+def generator_for(*numbers: int) -> torch.Generator:
+    """A CPU generator that depends on all of the numbers, e.g. (seed, step, purpose)."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+        mixed ^= mixed >> 29
+    return torch.Generator().manual_seed(mixed)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def make_optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Build the optimiser; each group's "rate" is its learning rate as a part of the configured one."""
+    scaled = [{"params": group["params"], "lr": config.learning_rate * group["rate"], "rate": group["rate"]} for group in groups]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(scaled, momentum=config.momentum, weight_decay=config.weight_decay)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(scaled, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def learning_rate_factor(config: TrainingConfig, fraction: float) -> float:
+    """Linear warm-up, then a cosine from 1 to the floor, at a fraction 0..1 of the training."""
+    if fraction < config.warmup:
+        return max(fraction / config.warmup, 0.01)
+    along = min((fraction - config.warmup) / (1 - config.warmup), 1.0)
+    floor = config.learning_rate_floor
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * along))
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """How far a training has come."""
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: dict[str, float] = dataclasses.field(default_factory=dict)
+    curve: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+class Trainer:
+    """Steps an optimiser over a module that maps a batch to named losses, one of them "total".
+
+    Args:
+        module: Maps a batch to {"total": scalar, ...}.
+        config: Budgets, optimiser, schedule.
+        fabric: Where it runs.
+        groups: Parameter groups with a "rate" each.
+        slices_per_epoch: Training slices, to turn epochs into steps.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: TrainingConfig,
+        *,
+        fabric: Fabric,
+        groups: list[dict[str, Any]],
+        slices_per_epoch: int,
+    ) -> None:
+        self.config = config
+        self.fabric = fabric
+        self.state = TrainingState()
+        self.micro_batches = 1
+        self.raw_module = module
+        module.train()
+        channels_last(module)
+        self.module, self.optimizer = fabric.setup(module, make_optimizer(config, groups))
+        budgets = [config.steps]
+        if config.epochs is not None:
+            budgets.append(math.ceil(config.epochs * slices_per_epoch / config.batch_size))
+        self.max_steps = min((budget for budget in budgets if budget is not None), default=None)
+
+    @property
+    def fraction(self) -> float:
+        """Part 0..1 of the budget that is spent: of the steps or of the seconds, whichever is further."""
+        by_steps = self.state.step / self.max_steps if self.max_steps else 0.0
+        by_time = self.state.seconds / self.config.time_budget if self.config.time_budget else 0.0
+        return min(max(by_steps, by_time), 1.0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is spent."""
+        return self.fraction >= 1.0
+
+    def run(self, batch_at: Callable[[int, int], list[Any]], *, stage: str) -> Iterator[Progress]:
+        """Train until the budget is spent; yields after each step.
+
+        Args:
+            batch_at: Makes the batch of a step, as a list of that many micro-batches.
+            stage: Name of this training in the progress reports.
+
+        Raises:
+            NonFiniteLoss: If a loss is NaN or infinite; the weights are those before that step.
+            OutOfMemory: If one slice at a time does not fit.
+        """
+        while not self.finished:
+            started = time.monotonic()
+            buffers = [buffer.clone() for buffer in self.raw_module.buffers()]
+            try:
+                message = self._step(batch_at)
+            except NonFiniteLoss:
+                for buffer, before in zip(self.raw_module.buffers(), buffers, strict=True):
+                    buffer.copy_(before)  # the forward pass has spoilt the running statistics
+                raise
+            self.state.step += 1
+            self.state.seconds += time.monotonic() - started
+            self.state.curve.append({"step": self.state.step, **self.state.losses})
+            yield self.progress(stage, message)
+
+    def progress(self, stage: str, message: str = "") -> Progress:
+        """Where the training is."""
+        eta = self.state.seconds * (1 / self.fraction - 1) if self.fraction else None
+        total = self.max_steps
+        if self.config.time_budget and self.fraction:
+            total = max(self.state.step, round(self.state.step / self.fraction))
+        return Progress(stage, self.state.step, total, dict(self.state.losses), eta, message)
+
+    def _step(self, batch_at: Callable[[int, int], list[Any]]) -> str:
+        factor = learning_rate_factor(self.config, self.fraction)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * group["rate"] * factor
+        message = ""
+        while True:
+            try:
+                losses = self._gradients(batch_at(self.state.step, self.micro_batches))
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                message = self._split_batch(error)
+        if self.config.gradient_clip is not None:
+            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=self.config.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.losses = losses
+        return message
+
+    def _gradients(self, batches: list[Any]) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with self.fabric.no_backward_sync(self.module, enabled=not last):
+                losses: Mapping[str, Tensor] = self.module(batch)
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(batches)
+                    if not math.isfinite(sums[name]):
+                        self.optimizer.zero_grad(set_to_none=True)
+                        raise NonFiniteLoss(
+                            f"the {name} loss is {sums[name]} at step {self.state.step + 1}; training stopped with "
+                            "the weights before it. Try a lower learning rate, or precision float32"
+                        )
+                self.fabric.backward(losses["total"] / len(batches))
+        return sums
+
+    def _split_batch(self, error: RuntimeError) -> str:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.micro_batches >= self.config.batch_size:
+            raise OutOfMemory(
+                "a single slice does not fit the memory of the device; use smaller crops, a smaller preset, or --device cpu"
+            ) from error
+        self.micro_batches = min(2 * self.micro_batches, self.config.batch_size)
+        release_memory()
+        return f"memory ran out: each step now runs in {self.micro_batches} parts"
+
+    def save(self, path: Path, fingerprint: Mapping[str, Any], extra: Mapping[str, Tensor] | None = None) -> None:
+        """Write what `restore` needs to go on to the same result."""
+        if not self.fabric.is_global_zero:
+            return
+        names = [name for name, _ in self.raw_module.named_parameters()]
+        by_parameter = {id(parameter): name for name, parameter in self.raw_module.named_parameters()}
+        tensors = {f"module.{name}": value for name, value in self.raw_module.state_dict().items()}
+        for parameter, values in self.optimizer.optimizer.state.items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{by_parameter[id(parameter)]}.{key}"] = value
+        tensors |= {f"extra.{name}": value for name, value in (extra or {}).items()}
+        header = {
+            "resume": dataclasses.asdict(self.state),
+            "fingerprint": dict(fingerprint),
+            "micro_batches": self.micro_batches,
+            "parameters": len(names),
+        }
+        save_tensors(path, {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header)
+
+    def restore(self, path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Go back to what `save` wrote; returns its extra tensors.
+
+        Raises:
+            UserError: If it was written with other settings or data.
+        """
+        header = load_header(path)
+        if "resume" not in header:
+            raise UserError(f"{path} holds no interrupted training")
+        was = header["fingerprint"]
+        changed = sorted(key for key in {*was, *fingerprint} if was.get(key) != fingerprint.get(key))
+        if changed:
+            details = "; ".join(f"{key} was {was.get(key)!r}, now {fingerprint.get(key)!r}" for key in changed[:3])
+            raise UserError(f"cannot resume {path}: {details}. Use the same settings, or train anew without --resume")
+        tensors = load_tensors(path)
+        self.raw_module.load_state_dict(_with_prefix(tensors, "module."))
+        moments = _with_prefix(tensors, "optimizer.")
+        for name, parameter in self.raw_module.named_parameters():
+            own = {key[len(name) + 1 :]: value for key, value in moments.items() if key.rpartition(".")[0] == name}
+            if own:
+                self.optimizer.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in own.items()}
+        self.state = TrainingState(**header["resume"])
+        self.micro_batches = header["micro_batches"]
+        return _with_prefix(tensors, "extra.")
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay out convolution weights channels last, which CPUs and GPUs convolve fastest in mixed precision."""
+    module.to(memory_format=torch.channels_last)
+
+
+def release_memory() -> None:
+    """Give cached GPU memory back."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,126 @@
+"""The keypoint-augmented fusion (KAF) layer (paper, section 3.1).
+
+Gather features at the keypoints, let the keypoints attend to each other, scatter what they learned
+back into an empty map, diffuse it with two convolutions, and concatenate it with the features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kaf_model.attention import AttentionBlock, PackedKeypoints, PositionEncoder
+from kaf_model.geometry import level_cells
+from kaf_model.normalization import BatchNorm
+
+
+class KafLayer(nn.Module):
+    """Augments a feature map with attention among its keypoints.
+
+    Args:
+        channels: Channels of the feature map and of the map that is added to it.
+        width: Width E of the keypoint embeddings.
+        heads: Heads of each attention block.
+        attention_blocks: Number of self-attention blocks.
+        diffusion_channels: Channels between the two diffusion convolutions.
+        level: Pyramid level of the map: its pixels are 2 ** level input pixels wide.
+        position_reference: Length in input pixels that scales positions; None takes the map's longer side.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        width: int,
+        heads: int,
+        attention_blocks: int,
+        diffusion_channels: int,
+        level: int,
+        position_reference: float | None,
+    ) -> None:
+        super().__init__()
+        self.level = level
+        self.position_reference = position_reference
+        self.projection = nn.Linear(channels, width)
+        self.position_encoder = PositionEncoder(width)
+        self.attention = nn.ModuleList(AttentionBlock(width, heads=heads) for _ in range(attention_blocks))
+        self.diffusion = nn.Sequential(
+            nn.Conv2d(width, diffusion_channels, 3, padding=1),
+            BatchNorm(diffusion_channels),
+            nn.ReLU(),
+            nn.Conv2d(diffusion_channels, channels, 3, padding=1),
+        )
+
+    def forward(self, features: Tensor, keypoints: PackedKeypoints) -> tuple[Tensor, Tensor]:
+        """Fuse keypoint attention into a feature map.
+
+        Args:
+            features: (B, C, H, W)
+            keypoints: T keypoints of the B slices, in input pixels.
+
+        Returns:
+            The fused map (B, 2C, H, W), and U^l, the keypoint features (T, E).
+        """
+        height, width = features.shape[-2:]
+        cells = level_cells(keypoints.positions, self.level, height, width)
+        embeddings = self._embed(features, cells, keypoints)
+        for block in self.attention:
+            embeddings = block(embeddings, keypoints)
+        spread = sparse_convolution(self.diffusion[0], embeddings, cells, keypoints, (height, width))
+        for module in self.diffusion[1:]:
+            spread = module(spread)
+        return torch.cat([features, spread.to(features.dtype)], dim=1), embeddings
+
+    def _embed(self, features: Tensor, cells: Tensor, keypoints: PackedKeypoints) -> Tensor:
+        height, width = features.shape[-2:]
+        rows = features.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, C)
+        gathered = rows.index_select(0, _flat_index(cells, keypoints, height, width))
+        size = torch.tensor([height, width], dtype=torch.float32, device=features.device)
+        reference = float(max(height, width))
+        if self.position_reference is not None:
+            reference = self.position_reference / 2**self.level
+        code = self.position_encoder(cells.float(), size / 2, reference)
+        embeddings: Tensor = self.projection(gathered) + code
+        return embeddings
+
+
+def _flat_index(cells: Tensor, keypoints: PackedKeypoints, height: int, width: int) -> Tensor:
+    return (keypoints.image * height + cells[:, 0]) * width + cells[:, 1]
+
+
+def sparse_convolution(
+    convolution: nn.Module, rows: Tensor, cells: Tensor, keypoints: PackedKeypoints, size: tuple[int, int]
+) -> Tensor:
+    """3x3 convolution of a map that is zero except at keypoints, evaluated only where they are.
+
+    Several keypoints in one cell count with their mean. Equal to scattering `rows` into an empty map
+    and convolving that with zero padding.
+
+    Args:
+        convolution: An `nn.Conv2d` with a 3x3 kernel, E -> D channels, and a bias.
+        rows: (T, E) keypoint features.
+        cells: (T, 2) integer cells (y, x).
+        keypoints: Which slice each row belongs to.
+        size: Height and width of the map.
+
+    Returns:
+        (B, D, H, W), channels last in memory.
+    """
+    assert isinstance(convolution, nn.Conv2d)
+    assert convolution.bias is not None
+    height, width = size
+    batch, channels = len(keypoints.valid), convolution.out_channels
+    flat = _flat_index(cells, keypoints, height, width)
+    sharing = flat.new_zeros(batch * height * width).index_add(0, flat, torch.ones_like(flat))[flat]
+    kernel = convolution.weight.permute(1, 2, 3, 0).flatten(1)  # (E, 9 * D)
+    taps = ((rows / sharing[:, None].to(rows.dtype)) @ kernel).unflatten(1, (9, channels))  # (T, 9, D)
+    # The keypoint at p is read by the output at p - offset, for each offset of the kernel from its middle.
+    steps = torch.arange(-1, 2, device=cells.device)
+    offsets = torch.cartesian_prod(steps, steps)  # (9, 2)
+    targets = cells[:, None] - offsets  # (T, 9, 2)
+    limit = torch.tensor([height, width], device=cells.device)
+    inside = ((targets >= 0) & (targets < limit)).all(-1)
+    index = (keypoints.image[:, None] * height + targets[..., 0]) * width + targets[..., 1]
+    spread = convolution.bias.to(taps.dtype).expand(batch * height * width, channels)
+    spread = spread.index_add(0, index[inside], taps[inside])
+    return spread.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)

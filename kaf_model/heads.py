@@ -1,0 +1,51 @@
+"""Projection heads of the pretraining: one vector a slice, one vector a keypoint (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kaf_model.attention import PackedKeypoints
+from kaf_model.normalization import BatchNorm
+
+
+class BottleneckHead(nn.Module):
+    """c_i: the embedding of a slice from the pooled bottleneck."""
+
+    def __init__(self, channels: int, *, projection_width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, channels // 2), nn.ReLU(), nn.Linear(channels // 2, projection_width)
+        )
+
+    def forward(self, bottleneck: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, projection_width)."""
+        embedding: Tensor = self.mlp(bottleneck.mean((2, 3)))
+        return embedding
+
+
+class KeypointProjection(nn.Module):
+    """One vector a keypoint from the concatenated keypoint features of all levels."""
+
+    def __init__(self, channels: int, *, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, width)
+
+    def forward(self, keypoint_features: Tensor) -> Tensor:
+        """Concat(U^1, ..., U^L) (T, L * E) -> (T, E)."""
+        projected: Tensor = self.linear(keypoint_features)
+        return projected
+
+
+class KeypointHead(nn.Module):
+    """g_i: the embedding of a slice from the mean of its projected keypoints."""
+
+    def __init__(self, width: int, *, projection_width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(width, width), BatchNorm(width), nn.ReLU(), nn.Linear(width, projection_width)
+        )
+
+    def forward(self, projected: Tensor, keypoints: PackedKeypoints) -> Tensor:
+        """Packed keypoints (T, E) of B slices -> (B, projection_width)."""
+        embedding: Tensor = self.mlp(keypoints.mean(projected))
+        return embedding

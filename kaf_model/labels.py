@@ -1,0 +1,150 @@
+"""What the user says of labelled slices, and what the network may learn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaf_model.checkpoint import ClassLabel
+from kaf_model.errors import UserError
+from kaf_model.losses import IGNORED
+from kaf_model.volume import Volume
+
+
+class SliceStatus(StrEnum):
+    """What a slice's labels mean. A slice without a status is not trained on."""
+
+    COMPLETE = "complete"
+    """Everything is painted: unpainted pixels are background."""
+    PARTIAL = "partial"
+    """Only what is painted is known: unpainted pixels are left out of the loss."""
+    EMPTY = "empty"
+    """Looked at, and nothing is there: all background."""
+
+
+@dataclass(frozen=True)
+class LabelledVolume:
+    """A volume with labels on some of its slices.
+
+    Attributes:
+        volume: The image.
+        labels: (Z, Y, X) integers on the volume's grid, 0 where nothing is painted.
+        statuses: Meaning of each labelled slice by its index; slices not named are not trained on.
+    """
+
+    volume: Volume
+    labels: NDArray[np.integer]
+    statuses: Mapping[int, SliceStatus]
+
+    def __post_init__(self) -> None:
+        name, shape = self.volume.name, self.volume.shape
+        if self.labels.shape != shape:
+            raise UserError(f"labels of {name} must be {shape} like the volume, got {self.labels.shape}")
+        if not np.issubdtype(self.labels.dtype, np.integer):
+            raise UserError(f"labels of {name} must be integers, got {self.labels.dtype}")
+        beyond = sorted(z for z in self.statuses if not 0 <= z < shape[0])
+        if beyond:
+            raise UserError(f"{name} has slices 0..{shape[0] - 1}, slice {beyond[0]} was named as labelled")
+        for z, status in self.statuses.items():
+            if status is SliceStatus.EMPTY and self.labels[z].any():
+                raise UserError(f"slice {z} of {name} is marked empty but {np.count_nonzero(self.labels[z])} pixels are painted")
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Which label value is which output channel; channel 0 is the background, value 0.
+
+    Attributes:
+        classes: Classes in channel order, background first.
+    """
+
+    classes: tuple[ClassLabel, ...]
+    _channels: dict[int, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        values = [label.value for label in self.classes]
+        if not values or values[0] != 0 or len(set(values)) != len(values):
+            raise UserError(f"classes must start with the background, 0, and differ; got values {values}")
+        object.__setattr__(self, "_channels", {value: channel for channel, value in enumerate(values)})
+
+    @classmethod
+    def of_labels(
+        cls, cases: Sequence[LabelledVolume], names: Mapping[int, str] | None = None
+    ) -> ClassMap:
+        """The classes painted in the labelled slices, in ascending order of value.
+
+        Args:
+            cases: Labelled volumes.
+            names: Names by value; every named class is kept, painted or not.
+
+        Raises:
+            UserError: If nothing is painted.
+        """
+        names = dict(names or {})
+        values = {int(v) for case in cases for z in case.statuses for v in np.unique(case.labels[z])}
+        values = (values | set(names)) - {0}
+        if not values:
+            raise UserError("no class is painted on the labelled slices; paint at least one structure")
+        labels = [ClassLabel(0, names.get(0, "background"))]
+        labels += [ClassLabel(value, names.get(value, f"class {value}")) for value in sorted(values)]
+        return cls(tuple(labels))
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def values(self) -> NDArray[np.int64]:
+        """Label value of each channel, (K,)."""
+        return np.array([label.value for label in self.classes])
+
+    def channels(self, labels: NDArray[np.integer], status: SliceStatus, where: str) -> NDArray[np.int64]:
+        """Label values of a slice -> channels, IGNORED where nothing is known.
+
+        Args:
+            labels: (H, W) label values.
+            status: What unpainted pixels mean.
+            where: Names the slice in an error.
+
+        Raises:
+            UserError: If a value is not a class.
+        """
+        present = np.unique(labels)
+        unknown = [int(value) for value in present if int(value) not in self._channels]
+        if unknown:
+            known = ", ".join(f"{label.value} ({label.name})" for label in self.classes)
+            raise UserError(f"{where} has label {unknown[0]}, which is no class; the classes are {known}")
+        channels = np.zeros(labels.shape, np.int64)
+        for value in present:
+            channels[labels == value] = self._channels[int(value)]
+        if status is SliceStatus.PARTIAL:
+            channels[labels == 0] = IGNORED
+        return channels
+
+
+def check_learnable(labels: Sequence[NDArray[np.int64]], classes: ClassMap) -> None:
+    """Check that the labelled pixels can teach a distinction.
+
+    Args:
+        labels: Channels of each labelled slice, IGNORED where unknown.
+        classes: Their meaning.
+
+    Raises:
+        UserError: If nothing is labelled, or only one class.
+    """
+    if not labels:
+        raise UserError("no slice is marked as labelled; mark at least one as complete, partial or empty")
+    known = sorted({int(value) for slice_labels in labels for value in np.unique(slice_labels)} - {IGNORED})
+    if not known:
+        raise UserError("the labelled slices are partial and nothing is painted on them; paint something")
+    if known == [0]:
+        raise UserError("the labelled slices show only background; label a slice on which a structure is painted")
+    if len(known) == 1:
+        only = classes.classes[known[0]].name
+        raise UserError(
+            f"only {only!r} is labelled and no background; paint a second class, or mark a slice complete so that "
+            "its unpainted pixels count as background"
+        )

@@ -1,0 +1,224 @@
+"""Self-supervised pretraining on unlabelled volumes (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from kaf_model.checkpoint import Checkpoint, cpu_weights, now, save_checkpoint, software_versions
+from kaf_model.config import KeypointConfig, ModelConfig, PretrainConfig, SliceConfig
+from kaf_model.datasets import PretrainingBatch, PretrainingPairs, Shard, prepare_volumes, statistics_of
+from kaf_model.engine import NonFiniteLoss, OutOfMemory, Trainer, make_fabric, release_memory
+from kaf_model.errors import UserError
+from kaf_model.heads import BottleneckHead, KeypointHead, KeypointProjection
+from kaf_model.keypoints import KeypointCache
+from kaf_model.losses import matching_loss, positional_contrastive_loss
+from kaf_model.matching import Matcher
+from kaf_model.normalization import gather_over_ranks
+from kaf_model.progress import Progress
+from kaf_model.training_files import RunFiles
+from kaf_model.unet import Encoder
+from kaf_model.volume import Unreadable, Volume
+
+
+class PretrainingNetwork(nn.Module):
+    """The encoder with the heads that the weighted losses need.
+
+    Maps a batch of pairs to {"total", "pcl", "global", "local"} of Eq. 1-3; losses of weight zero, and for
+    a network without KAF layers those on keypoints, have no head and are not computed.
+    """
+
+    def __init__(self, model: ModelConfig, config: PretrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(model)
+        num_kaf = len(self.encoder.kaf_layers)
+        if config.weight_pcl:
+            self.bottleneck_head = BottleneckHead(
+                self.encoder.bottleneck_width, projection_width=config.projection_width
+            )
+        self.has_global = bool(config.weight_global and num_kaf)
+        self.has_local = bool(config.weight_local and num_kaf)
+        if not (config.weight_pcl or self.has_global or self.has_local):
+            raise UserError("pretraining has nothing to learn: all loss weights that apply to this network are 0")
+        width = model.embedding_width
+        if self.has_global or self.has_local:
+            self.keypoint_projection = KeypointProjection(num_kaf * width, width=width)
+        if self.has_global:
+            self.keypoint_head = KeypointHead(width, projection_width=config.projection_width)
+        if self.has_local:
+            self.matcher = Matcher(
+                width,
+                heads=model.heads,
+                rounds=config.matching_rounds,
+                iterations=config.sinkhorn_iterations,
+                position_reference=model.position_reference,
+            )
+
+    def forward(self, batch: PretrainingBatch) -> dict[str, Tensor]:
+        """Losses of one batch; both views of all pairs go through the encoder at once."""
+        views, config = batch.views, self.config
+        encoded = self.encoder(views.images, views.keypoints, views.valid)
+        losses: dict[str, Tensor] = {}
+        total = encoded.bottleneck.new_zeros((), dtype=torch.float32)
+        if config.weight_pcl:
+            losses["pcl"] = self._contrast(self.bottleneck_head(encoded.bottleneck), batch)
+            total = total + config.weight_pcl * losses["pcl"]
+        if self.has_global or self.has_local:
+            projected = self.keypoint_projection(torch.cat(encoded.keypoint_features, dim=1))  # (T, E)
+        if self.has_global:
+            losses["global"] = self._contrast(self.keypoint_head(projected, encoded.keypoints), batch)
+            total = total + config.weight_global * losses["global"]
+        if self.has_local:
+            height, width = views.images.shape[-2:]
+            losses["local"] = matching_loss(
+                self.matcher(projected, encoded.keypoints, (height, width)),
+                batch.matches0,
+                matched_weight=config.matched_weight,
+                unmatched_weight=config.unmatched_weight,
+            )
+            total = total + config.weight_local * losses["local"]
+        return {"total": total, **losses}
+
+    def _contrast(self, embeddings: Tensor, batch: PretrainingBatch) -> Tensor:
+        return self.config.contrastive_scale * positional_contrastive_loss(
+            gather_over_ranks(embeddings.float()),
+            gather_over_ranks(batch.slice_position),
+            temperature=self.config.temperature,
+            position_threshold=self.config.position_threshold,
+        )
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a pretraining returns.
+
+    Attributes:
+        checkpoint: The encoder and its heads.
+        path: Where it was written, if anywhere.
+        curve: Losses of each step.
+    """
+
+    checkpoint: Checkpoint
+    path: Path | None
+    curve: list[dict[str, float]]
+
+
+def pretrain(
+    config: ModelConfig,
+    volumes: Iterable[Volume | Unreadable | str | Path],
+    training: PretrainConfig | None = None,
+    *,
+    slices: SliceConfig | None = None,
+    keypoints: KeypointConfig | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    fabric: Fabric | None = None,
+    cache: KeypointCache | None = None,
+) -> Generator[Progress, None, PretrainResult]:
+    """Pretrain an encoder on unlabelled volumes.
+
+    Can be closed at any yield: with `output`, a usable checkpoint and what is needed to resume are then
+    written.
+
+    Args:
+        config: Architecture.
+        volumes: Volumes or their paths; what cannot be read is named and passed over.
+        training: Losses, budgets and optimiser.
+        slices: Preprocessing.
+        keypoints: Detection.
+        output: Checkpoint file to write.
+        resume: Go on from an interrupted training with the same `output`.
+        device: "auto", "cpu", "cuda" or "mps".
+        fabric: Use this set-up instead of one made for `device`.
+        cache: Keypoints found before.
+
+    Yields:
+        Progress with the losses of each step.
+
+    Returns:
+        The trained encoder.
+
+    Raises:
+        UserError: If nothing can be trained on, or a resumed training does not fit.
+        NonFiniteLoss: If a loss becomes NaN; the last good weights are written first.
+    """
+    training = training or PretrainConfig()
+    slices, keypoints = slices or SliceConfig(), keypoints or KeypointConfig()
+    files = RunFiles(output)
+    files.check(resume)
+    fabric = fabric or make_fabric(device)
+    prepared = yield from prepare_volumes(volumes, slices, keypoints, cache=cache)
+    pairs = PretrainingPairs(
+        prepared,
+        augment=training.augment,
+        neighbour_range=training.neighbour_range,
+        correspondences=training.correspondences,
+        batch_size=training.batch_size,
+        seed=training.seed,
+    )
+    torch.manual_seed(training.seed)
+    network = PretrainingNetwork(config, training)
+    trainer = Trainer(
+        network,
+        training,
+        fabric=fabric,
+        groups=[{"params": list(network.parameters()), "rate": 1.0}],
+        slices_per_epoch=len(pairs),
+    )
+    fingerprint = {
+        "training": training.model_dump(mode="json", exclude={"checkpoint_every"}),
+        "model": config.model_dump(mode="json"),
+        "slices": slices.model_dump(mode="json"),
+        "volumes": [volume.name for volume in prepared],
+    }
+    if resume:
+        trainer.restore(files.resume, fingerprint)
+
+    def batches(step: int, parts: int) -> list[PretrainingBatch]:
+        shards = [Shard(fabric.global_rank, fabric.world_size, part, parts) for part in range(parts)]
+        return [pairs.batch(step, fabric.device, shard) for shard in shards]
+
+    def checkpoint() -> Checkpoint:
+        record = _record(training, trainer, statistics_of(prepared))
+        return Checkpoint(
+            "pretrained", cpu_weights(network), config, slices, keypoints, (), statistics_of(prepared), (record,),
+            software_versions(),
+        )
+
+    def save_all() -> None:
+        if files.output and fabric.is_global_zero:
+            save_checkpoint(files.output, checkpoint())
+            trainer.save(files.resume, fingerprint)
+
+    yield from files.keep_saved(trainer, trainer.run(batches, stage="pretraining"), save_all)
+    if files.output and fabric.is_global_zero:
+        save_checkpoint(files.output, checkpoint())
+        files.resume.unlink(missing_ok=True)
+    release_memory()
+    return PretrainResult(checkpoint(), files.output, trainer.state.curve)
+
+
+def _record(config: PretrainConfig, trainer: Trainer, statistics: Mapping[str, object]) -> dict[str, Any]:
+    return {
+        "stage": "pretraining",
+        "date": now(),
+        "steps": trainer.state.step,
+        "complete": trainer.finished,
+        "seconds": round(trainer.state.seconds, 1),
+        "device": str(trainer.fabric.device),
+        "losses": {name: round(value, 5) for name, value in trainer.state.losses.items()},
+        "num_volumes": statistics["num_volumes"],
+        "num_slices": statistics["num_slices"],
+        "settings": config.model_dump(mode="json"),
+    }
+
+
+__all__ = ["NonFiniteLoss", "OutOfMemory", "PretrainResult", "PretrainingNetwork", "pretrain"]

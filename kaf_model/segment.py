@@ -1,0 +1,201 @@
+"""Segmenting whole volumes with a trained model."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from kaf_model.checkpoint import Model
+from kaf_model.config import SegmentConfig
+from kaf_model.datasets import pad_keypoints
+from kaf_model.engine import OutOfMemory, autocast, is_out_of_memory, release_memory
+from kaf_model.keypoints import KeypointCache, iter_detect, make_detector
+from kaf_model.progress import Progress
+from kaf_model.slices import Slices, crop_to, pad_to_multiple
+from kaf_model.unet import SegmentationNetwork
+from kaf_model.volume import Volume
+from kaf_model.volume_write import smallest_type
+
+_FLIPS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A segmented volume.
+
+    Attributes:
+        labels: (Z, Y, X) label values on the volume's grid.
+        probabilities: (K, Z, Y, X) float16 in channel order, if asked for; beyond a size a memory map.
+        uncertainty: (Z, Y, X) float16 entropy of the class probabilities in 0..1, if asked for.
+    """
+
+    labels: NDArray[np.integer]
+    probabilities: NDArray[np.float16] | None = None
+    uncertainty: NDArray[np.float16] | None = None
+
+
+def predict_slices(
+    network: SegmentationNetwork,
+    images: NDArray[np.float32],
+    keypoints: Sequence[NDArray[np.float32]],
+    device: torch.device,
+    *,
+    flips: bool = False,
+) -> Tensor:
+    """Class probabilities of normalised slices of one size.
+
+    Args:
+        network: In evaluation mode, on `device`.
+        images: (n, H, W) any size; padded here to what the network needs.
+        keypoints: Positions (N_i, 2) of each slice.
+        device: Where the network is.
+        flips: Average over mirrored copies.
+
+    Returns:
+        (n, K, H, W) float32 on `device`.
+    """
+    height, width = images.shape[1:]
+    padded = pad_to_multiple(torch.from_numpy(images)[:, None].to(device), 16)
+    padded = padded.contiguous(memory_format=torch.channels_last)
+    positions, valid = (tensor.to(device) for tensor in pad_keypoints(keypoints))
+    size = torch.tensor(padded.shape[2:], device=device)
+    total: Tensor | None = None
+    with torch.inference_mode(), autocast(device):
+        for axes in _FLIPS if flips else _FLIPS[:1]:
+            mirrored = positions.clone()
+            for axis in axes:
+                mirrored[..., axis - 2] = size[axis - 2] - 1 - mirrored[..., axis - 2]
+            logits = network(padded.flip(axes) if axes else padded, mirrored, valid)
+            probabilities = (logits.flip(axes) if axes else logits).float().softmax(1)
+            total = probabilities if total is None else total + probabilities
+    assert total is not None
+    return crop_to(total / (len(_FLIPS) if flips else 1), (height, width))
+
+
+def segment(
+    model: Model,
+    volume: Volume,
+    config: SegmentConfig | None = None,
+    *,
+    slices: Sequence[int] | None = None,
+    cache: KeypointCache | None = None,
+) -> Generator[Progress, None, Segmentation]:
+    """Segment a volume slice by slice; memory beyond the result does not grow with the number of slices.
+
+    Args:
+        model: A trained model.
+        volume: The volume.
+        config: What to return and how.
+        slices: Segment only these; the others stay background.
+        cache: Keypoints found before.
+
+    Yields:
+        Progress in slices, one report a batch.
+
+    Returns:
+        Labels and what else was asked for, on the volume's grid.
+
+    Raises:
+        OutOfMemory: If not even one slice fits the device; before, batches are made smaller.
+    """
+    config = config or SegmentConfig()
+    stack = Slices(volume, model.slices)
+    wanted = list(range(volume.num_slices)) if slices is None else sorted(set(slices))
+    values = np.array([label.value for label in model.classes])
+    labels = np.zeros(volume.shape, smallest_type(int(values.min()), int(values.max())))
+    store = _MapStore()
+    probabilities = store.empty((len(values), *volume.shape)) if config.probabilities else None
+    uncertainty = store.empty(volume.shape) if config.uncertainty else None
+    done = 0
+    for rows, maps in _predictions(model, stack, wanted, config, cache):
+        channels = maps.argmax(1).cpu().numpy()
+        labels[rows] = values.astype(labels.dtype)[channels]
+        if probabilities is not None:
+            probabilities[:, rows] = maps.transpose(0, 1).half().cpu().numpy()
+        if uncertainty is not None:
+            entropy = torch.special.entr(maps).sum(1) / np.log(len(values))
+            uncertainty[rows] = entropy.clamp(0, 1).half().cpu().numpy()
+        done += len(rows)
+        yield Progress("segmenting", done, len(wanted))
+    if config.largest_component:
+        keep_largest_components(labels)
+    release_memory()
+    return Segmentation(labels, probabilities, uncertainty)
+
+
+def _predictions(
+    model: Model, stack: Slices, wanted: Sequence[int], config: SegmentConfig, cache: KeypointCache | None
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Probabilities (n, K, Y, X) on the source grid, batch after batch."""
+    detector = make_detector(model.keypoints)
+    reads_keypoints = model.config.architecture == "kaf-unet"
+    batch_size, start = config.batch_size, 0
+    while start < len(wanted):
+        rows = list(wanted[start : start + batch_size])
+        images = stack.images(rows)
+        found = list(iter_detect(images, detector, cache=cache)) if reads_keypoints else []
+        positions = [keypoints.positions for keypoints in found] or [np.zeros((0, 2), np.float32)] * len(rows)
+        try:
+            maps = predict_slices(model.network, images, positions, model.device, flips=config.flips)
+            maps = stack.to_source(maps)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise OutOfMemory("a single slice does not fit the memory of the device; use --device cpu") from error
+            batch_size //= 2
+            release_memory()
+            continue
+        yield rows, maps
+        start += len(rows)
+
+
+def segment_volume(model: Model, volume: Volume, config: SegmentConfig | None = None) -> NDArray[np.integer]:
+    """Segment a volume in one call.
+
+    Returns:
+        (Z, Y, X) label values on the volume's own grid.
+    """
+    work = segment(model, volume, config)
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            result: Segmentation = done.value
+            return result.labels
+
+
+def keep_largest_components(labels: NDArray[np.integer]) -> None:
+    """Keep, in place, only the largest connected component (26 neighbours) of each class in (Z, Y, X)."""
+    structure = np.ones((3, 3, 3))
+    for value in np.unique(labels):
+        if value == 0:
+            continue
+        components, count = ndimage.label(labels == value, structure)
+        if count > 1:
+            sizes = np.bincount(components.ravel())
+            sizes[0] = 0
+            labels[(components > 0) & (components != sizes.argmax())] = 0
+
+
+class _MapStore:
+    """Room for maps of a whole volume: memory while they are small, else temporary files."""
+
+    limit = 2**30
+
+    def empty(self, shape: tuple[int, ...]) -> NDArray[np.float16]:
+        if 2 * int(np.prod(shape)) <= self.limit:
+            return np.zeros(shape, np.float16)
+        folder = tempfile.TemporaryDirectory(prefix="kaf-maps-", ignore_cleanup_errors=True)
+        array = np.lib.format.open_memmap(Path(folder.name) / "map.npy", mode="w+", dtype=np.float16, shape=shape)
+        weakref.finalize(array, folder.cleanup)
+        return array

@@ -1,0 +1,181 @@
+"""The segmentation networks: the KAF-UNet and the plain UNets it is compared with (paper, Fig. 1, Table 7).
+
+Four encoder blocks, a centre, four decoder blocks. In the KAF-UNet a KAF layer follows the chosen
+encoder blocks and doubles the channels of their maps, for the next block and for the decoder alike.
+The c2 network is as wide, but each map is concatenated with itself instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kaf_model.attention import PackedKeypoints
+from kaf_model.config import ModelConfig
+from kaf_model.fusion import KafLayer
+from kaf_model.normalization import BatchNorm
+
+NUM_LEVELS = 4
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What the encoder knows of a batch.
+
+    Attributes:
+        maps: One map a level, fine to coarse, (B, C_l, H / 2**l, W / 2**l).
+        bottleneck: (B, C, H / 16, W / 16)
+        keypoint_features: U^l of each level with a KAF layer, (T, E) packed.
+        keypoints: Layout of the packed rows.
+    """
+
+    maps: list[Tensor]
+    bottleneck: Tensor
+    keypoint_features: list[Tensor]
+    keypoints: PackedKeypoints
+
+
+def _convolution_block(channels_in: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels, 3, padding=1),
+        BatchNorm(channels),
+        nn.LeakyReLU(0.01, inplace=True),
+        nn.Conv2d(channels, channels, 3, padding=1),
+        BatchNorm(channels),
+        nn.LeakyReLU(0.01, inplace=True),
+    )
+
+
+class Encoder(nn.Module):
+    """Four convolution blocks, each perhaps followed by a KAF layer, and the centre."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        levels = config.kaf_levels if config.architecture == "kaf-unet" else ()
+        self.widths: list[int] = []
+        """Channels of each level's map, with what is concatenated to it."""
+        self.duplicate = config.architecture == "unet-c2"
+        self.blocks = nn.ModuleList()
+        self.kaf_layers = nn.ModuleDict()
+        channels_in = 1
+        for level in range(NUM_LEVELS):
+            channels = config.start_channels * 2**level
+            self.blocks.append(_convolution_block(channels_in, channels))
+            has_kaf = level + 1 in levels
+            if has_kaf:
+                self.kaf_layers[str(level + 1)] = KafLayer(
+                    channels,
+                    width=config.embedding_width,
+                    heads=config.heads,
+                    attention_blocks=config.attention_blocks,
+                    diffusion_channels=config.diffusion_channels,
+                    level=level,
+                    position_reference=config.position_reference,
+                )
+            channels_in = 2 * channels if has_kaf or self.duplicate else channels
+            self.widths.append(channels_in)
+        self.bottleneck_width = 2 * channels_in
+        self.pool = nn.MaxPool2d(2)
+        self.centre = nn.Sequential(
+            nn.Conv2d(channels_in, self.bottleneck_width, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(self.bottleneck_width, self.bottleneck_width, 3, padding=1),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(
+        self, images: Tensor, keypoints: Tensor | None = None, valid: Tensor | None = None
+    ) -> EncoderOutput:
+        """Encode slices.
+
+        Args:
+            images: (B, 1, H, W), H and W divisible by 16.
+            keypoints: (B, N, 2) float (y, x) pixels; None is no keypoints.
+            valid: (B, N) bool, which keypoints are real; None is all.
+
+        Raises:
+            ValueError: If shapes do not fit together.
+        """
+        packed = _packed(images, keypoints, valid)
+        maps: list[Tensor] = []
+        keypoint_features: list[Tensor] = []
+        features = images
+        for level, block in enumerate(self.blocks):
+            features = block(features)
+            if str(level + 1) in self.kaf_layers:
+                features, embeddings = self.kaf_layers[str(level + 1)](features, packed)
+                keypoint_features.append(embeddings)
+            elif self.duplicate:
+                features = torch.cat([features, features], dim=1)
+            maps.append(features)
+            features = self.pool(features)
+        return EncoderOutput(maps, self.centre(features), keypoint_features, packed)
+
+
+class Decoder(nn.Module):
+    """Four blocks of upsampling, concatenation with the encoder's map, and two convolutions."""
+
+    def __init__(self, widths: list[int], bottleneck_width: int) -> None:
+        super().__init__()
+        self.upsample = nn.ModuleList()
+        self.blocks = nn.ModuleList()
+        channels_in = bottleneck_width
+        for channels in reversed(widths):
+            self.upsample.append(nn.ConvTranspose2d(channels_in, channels, 2, stride=2))
+            self.blocks.append(_convolution_block(2 * channels, channels))
+            channels_in = channels
+
+    def forward(self, encoded: EncoderOutput) -> Tensor:
+        """Encoder output -> (B, C, H, W)."""
+        features = encoded.bottleneck
+        for upsample, block, skip in zip(self.upsample, self.blocks, reversed(encoded.maps), strict=True):
+            features = block(torch.cat([upsample(features), skip], dim=1))
+        return features
+
+
+class SegmentationNetwork(nn.Module):
+    """Encoder, decoder and the 1x1 convolution that gives each pixel its class logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(self.encoder.widths, self.encoder.bottleneck_width)
+        self.head = nn.Conv2d(self.encoder.widths[0], config.num_classes, 1, bias=False)
+
+    def forward(self, images: Tensor, keypoints: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """Segment slices.
+
+        Args:
+            images: (B, 1, H, W), H and W divisible by 16.
+            keypoints: (B, N, 2) float (y, x) pixels; None is no keypoints. Plain UNets do not read them.
+            valid: (B, N) bool, which keypoints are real; None is all.
+
+        Returns:
+            Logits (B, K, H, W).
+        """
+        logits: Tensor = self.head(self.decoder(self.encoder(images, keypoints, valid)))
+        return logits
+
+
+def build_network(config: ModelConfig) -> SegmentationNetwork:
+    """Build the network a configuration describes, with random weights."""
+    return SegmentationNetwork(config)
+
+
+def _packed(images: Tensor, keypoints: Tensor | None, valid: Tensor | None) -> PackedKeypoints:
+    if images.dim() != 4 or images.shape[1] != 1 or images.shape[2] % 16 or images.shape[3] % 16:
+        raise ValueError(f"images must be (B, 1, H, W) with H and W divisible by 16, got {tuple(images.shape)}")
+    if keypoints is None:
+        return PackedKeypoints.none(len(images), images.device)
+    if keypoints.dim() != 3 or len(keypoints) != len(images) or keypoints.shape[2] != 2:
+        raise ValueError(f"keypoints must be ({len(images)}, N, 2) as (y, x), got {tuple(keypoints.shape)}")
+    if valid is None:
+        valid = torch.ones(keypoints.shape[:2], dtype=torch.bool, device=images.device)
+    if valid.shape != keypoints.shape[:2] or valid.dtype != torch.bool:
+        raise ValueError(
+            f"valid must be bool {tuple(keypoints.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}"
+        )
+    return PackedKeypoints.from_padded(keypoints, valid)
