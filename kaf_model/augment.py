@@ -1,0 +1,431 @@
+"""Spatial augmentation: one map moves the image, the labels and the keypoints of a slice.
+
+The map goes from output pixels to input pixels, because that is the direction in which an image is
+resampled: `out -> out + u(out) -> matrix (out + u(out)) + offset = in`. The matrix holds mirror,
+rotation and magnification, the offset where the crop lies, and `u` is an elastic displacement:
+Gaussian-smoothed uniform noise, held at every output pixel and bilinear between. Points go the other
+way, through the exact inverse of the same map, instead of the paper's index-map (appendix B,
+"Keypoint Preprocessing Details").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kaf_model.config import AugmentConfig
+
+MAX_COMPRESSION = 0.75
+"""Most by which the elastic displacement may squeeze the output grid in any direction; at 1 it folds."""
+
+_KERNEL_RADIUS = 3.5  # in sigmas; the Gaussian is 0.002 of its peak there
+_NEWTON_STEPS = 7
+_TOLERANCE = 0.02  # pixels; a point that misses it (none is known to) is dropped, and the border is this wide
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SpatialTransform:
+    """One map from output to input pixels for each of B slices.
+
+    Attributes:
+        matrix: (B, 2, 2), output to input directions, in (y, x).
+        offset: (B, 2), input point onto which the displaced output origin falls.
+        displacement: (B, 2, h, w) in output pixels, or None for a purely affine map.
+        sizes: (B, 2) true height and width of each slice inside the padded canvas, on the CPU.
+        output_size: (h, w) of what comes out.
+    """
+
+    matrix: Tensor
+    offset: Tensor
+    displacement: Tensor | None
+    sizes: Tensor
+    output_size: tuple[int, int]
+
+    @classmethod
+    def sample(
+        cls,
+        config: AugmentConfig,
+        sizes: Tensor,
+        *,
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+        centres: Tensor | None = None,
+        canvas: tuple[int, int] | None = None,
+    ) -> SpatialTransform:
+        """Draw the map of each slice of a batch.
+
+        A slice is moved with chance `config.spatial_probability`; otherwise it is only cropped, on whole
+        pixels. The crop lies uniformly where, magnified, it stays within the slice (rotation and elastic
+        displacement may still carry its corners out); along an axis where the slice is too small it is
+        centred. A displacement that would squeeze the grid by more than `MAX_COMPRESSION` anywhere is
+        weakened as a whole, so that no map folds.
+
+        Args:
+            config: Ranges.
+            sizes: (B, 2) true height and width of each slice.
+            generator: A CPU generator, the only source of randomness: the same on every device.
+            device: Where the slices are.
+            centres: (B, 2) input points that shall lie at the centre of the crop (the nearest whole pixel for
+                slices that are only cropped); rows of NaN are placed at random.
+            canvas: Output size when `config.crop` is None; default: the largest of `sizes`.
+        """
+        sizes = sizes.to("cpu", torch.int64)
+        num_slices = len(sizes)
+        if sizes.shape != (num_slices, 2):
+            raise ValueError(f"sizes must be (B, 2) heights and widths, got shape {tuple(sizes.shape)}")
+        if canvas is None:
+            canvas = (int(sizes[:, 0].max()), int(sizes[:, 1].max()))
+        output_size = config.crop or canvas
+
+        def draw(low: float, high: float, *shape: int) -> Tensor:
+            return low + (high - low) * torch.rand(num_slices, *shape, generator=generator)
+
+        moved = draw(0, 1) < config.spatial_probability  # (B,)
+        angle = torch.deg2rad(draw(-config.rotation, config.rotation)) * moved
+        magnification = torch.where(moved, draw(*config.scale), 1.0)
+        mirrored = (draw(0, 1, 2) < 0.5) & moved[:, None] & config.mirror  # (B, 2)
+        cosine, sine = angle.cos(), angle.sin()
+        rotation = torch.stack([cosine, -sine, sine, cosine], dim=-1).view(-1, 2, 2)
+        matrix = rotation * torch.where(mirrored, -1.0, 1.0)[:, None] / magnification[:, None, None]
+
+        crop = torch.tensor(output_size, dtype=torch.float32)
+        centre = _crop_centres(sizes, crop, magnification, moved, draw(0, 1, 2), centres)
+        offset = centre - _apply(matrix, (crop - 1).view(1, 1, 2) / 2)[:, 0]
+        matrix, offset = matrix.to(device), offset.to(device)
+
+        displacement = None
+        if config.spatial_probability > 0 and max(config.elastic_alpha) > 0:
+            displacement = _elastic(
+                draw(*config.elastic_alpha) * moved,
+                draw(*config.elastic_sigma),
+                spacing=min(config.elastic_sigma),
+                reach=max(config.elastic_sigma),
+                output_size=output_size,
+                generator=generator,
+                device=torch.device(device),
+            )
+            if centres is not None:  # the displacement must not carry the wanted point away from the centre
+                middle = ((crop - 1) / 2).to(device).expand(num_slices, 1, 2)
+                carried = _interpolate(displacement, middle)[0]  # (B, 1, 2)
+                wanted = centres.to(device).isfinite().all(dim=-1, keepdim=True)
+                offset = offset - torch.where(wanted, _apply(matrix, carried)[:, 0], 0.0)
+        return cls(
+            matrix=matrix, offset=offset, displacement=displacement, sizes=sizes, output_size=output_size
+        )
+
+    @staticmethod
+    def concatenate(transforms: Sequence[SpatialTransform]) -> SpatialTransform:
+        """Join batches that have one output size."""
+        output_sizes = {transform.output_size for transform in transforms}
+        if len(output_sizes) != 1:
+            raise ValueError(f"transforms must share one output size, got {sorted(output_sizes)}")
+        (output_size,) = output_sizes
+        displacement = None
+        if any(transform.displacement is not None for transform in transforms):
+            displacement = torch.cat(
+                [
+                    transform.matrix.new_zeros(len(transform.sizes), 2, *output_size)
+                    if transform.displacement is None
+                    else transform.displacement
+                    for transform in transforms
+                ]
+            )
+        return SpatialTransform(
+            matrix=torch.cat([transform.matrix for transform in transforms]),
+            offset=torch.cat([transform.offset for transform in transforms]),
+            displacement=displacement,
+            sizes=torch.cat([transform.sizes for transform in transforms]),
+            output_size=output_size,
+        )
+
+    def select(self, indices: slice | Sequence[int] | Tensor) -> SpatialTransform:
+        """Return the maps of some slices of the batch, e.g. the share of one rank."""
+        rows = torch.arange(len(self.sizes))[indices.cpu() if isinstance(indices, Tensor) else indices]
+        there = rows.to(self.matrix.device)
+        return SpatialTransform(
+            matrix=self.matrix[there],
+            offset=self.offset[there],
+            displacement=None if self.displacement is None else self.displacement[there],
+            sizes=self.sizes[rows],
+            output_size=self.output_size,
+        )
+
+    @cached_property
+    def coordinates(self) -> Tensor:
+        """Input (y, x) of every output pixel, (B, 2, h, w)."""
+        height, width = self.output_size
+        device = self.matrix.device
+        rows = torch.arange(height, device=device, dtype=torch.float32)[:, None].expand(height, width)
+        columns = torch.arange(width, device=device, dtype=torch.float32).expand(height, width)
+        pixels = torch.stack([rows, columns])  # (2, h, w)
+        displaced = pixels.expand(len(self.sizes), -1, -1, -1)
+        if self.displacement is not None:
+            displaced = pixels + self.displacement
+        with full_precision(self.matrix.device):
+            moved = torch.baddbmm(self.offset[..., None], self.matrix, displaced.flatten(2))
+        return moved.view(-1, 2, height, width)
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """Which output pixels come from within the true size of their slice, (B, h, w) bool."""
+        return ((self.coordinates >= -0.5) & (self.coordinates < self._limits - 0.5)).all(dim=1)
+
+    @cached_property
+    def _limits(self) -> Tensor:
+        return self.sizes.to(self.matrix.device, torch.float32)[..., None, None]  # (B, 2, 1, 1)
+
+    def images(self, images: Tensor, padding_value: float | None = None) -> Tensor:
+        """Resample images, or any dense maps, bilinearly.
+
+        Args:
+            images: (B, C, H, W), floating; beyond a slice's true size its content does not matter.
+            padding_value: What lies outside the slice; None repeats its edge.
+
+        Returns:
+            (B, C, h, w) in the type of `images`.
+        """
+        self._check(images)
+        height, width = images.shape[-2:]
+        canvas = self.matrix.new_tensor([height, width]).view(1, 2, 1, 1)
+        within = self.coordinates.clamp(min=0).minimum(self._limits - 1)
+        grid = ((2 * within + 1) / canvas - 1).flip(1).permute(0, 2, 3, 1)  # (B, h, w, 2) as (x, y)
+        with full_precision(images.device):
+            resampled = functional.grid_sample(
+                images.float(), grid, padding_mode="border", align_corners=False
+            )
+        if padding_value is not None:
+            resampled = torch.where(self.inside[:, None], resampled, padding_value)
+        return resampled.to(images.dtype)
+
+    def labels(self, labels: Tensor, outside: int) -> Tensor:
+        """Resample integer labels by the nearest pixel.
+
+        Args:
+            labels: (B, H, W) integers.
+            outside: Label of pixels that come from outside the slice's true size.
+
+        Returns:
+            (B, h, w) integers.
+        """
+        self._check(labels)
+        nearest = (self.coordinates + 0.5).floor().clamp(min=0).minimum(self._limits - 1).long()
+        index = nearest[:, 0] * labels.shape[-1] + nearest[:, 1]  # (B, h, w)
+        resampled = labels.flatten(1).gather(1, index.flatten(1)).view_as(index)
+        return torch.where(self.inside, resampled, outside)
+
+    def points(self, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Move points with the slice: from input to output pixels.
+
+        The affine part is inverted exactly, the displacement by Newton's method on the very field that
+        resamples the image. Accurate to a few hundredths of a pixel.
+
+        Args:
+            positions: (B, N, 2), (y, x).
+            valid: (B, N) bool.
+
+        Returns:
+            (B, N, 2) positions within 0..h-1 and 0..w-1, and (B, N) bool: false, and the position zero, for
+            points that were invalid, lay outside their slice, or left the output.
+        """
+        valid = valid & self._within_slice(positions)
+        shifted = torch.where(valid[..., None], positions.float(), 0.0) - self.offset[:, None]
+        targets = _solve(self.matrix[:, None], shifted)
+        moved, exact = targets, torch.ones_like(valid)
+        if self.displacement is not None:
+            moved, exact = _undo_displacement(self.displacement, targets)
+        last = self.matrix.new_tensor(self.output_size) - 1
+        left = ((moved < -_TOLERANCE) | (moved > last + _TOLERANCE)).any(dim=-1)
+        valid = valid & exact & ~left
+        return torch.where(valid[..., None], moved.clamp(min=0).minimum(last), 0.0), valid
+
+    def inverse_points(self, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Move points back: from output to input pixels, exactly where the image is read.
+
+        Args:
+            positions: (B, N, 2), (y, x).
+            valid: (B, N) bool.
+
+        Returns:
+            (B, N, 2) positions and (B, N) bool: false, and zero, for points from outside their slice.
+        """
+        moved = torch.where(valid[..., None], positions.float(), 0.0)
+        if self.displacement is not None:
+            moved = moved + _interpolate(self.displacement, moved)[0]
+        moved = _apply(self.matrix, moved) + self.offset[:, None]
+        valid = valid & self._within_slice(moved)
+        return torch.where(valid[..., None], moved, 0.0), valid
+
+    def _within_slice(self, positions: Tensor) -> Tensor:
+        limits = self._limits[:, None, :, 0, 0]  # (B, 1, 2)
+        return ((positions >= -0.5) & (positions < limits - 0.5)).all(dim=-1)
+
+    def _check(self, maps: Tensor) -> None:
+        canvas = torch.tensor(maps.shape[-2:])
+        if len(maps) != len(self.sizes) or bool((self.sizes > canvas).any()):
+            raise ValueError(
+                f"the transform is for {len(self.sizes)} slices of sizes up to "
+                f"{tuple(self.sizes.amax(dim=0).tolist())}, got maps of shape {tuple(maps.shape)}"
+            )
+
+
+def _crop_centres(
+    sizes: Tensor, crop: Tensor, magnification: Tensor, moved: Tensor, chance: Tensor, wanted: Tensor | None
+) -> Tensor:
+    """Input points at the centres of the crops, (B, 2); `chance` (B, 2) in 0..1 says where there is room."""
+    extent = crop / magnification[:, None]  # (B, 2) input pixels
+    room = sizes - extent
+    anywhere = torch.where(room > 0, chance * room, room / 2)
+    whole = torch.where(room > 0, (chance * (room + 1)).floor().minimum(room), (room / 2).floor())
+    centre = torch.where(moved[:, None], anywhere, whole) + (extent - 1) / 2
+    if wanted is None:
+        return centre
+    if wanted.shape != sizes.shape:
+        raise ValueError(f"centres must be {tuple(sizes.shape)} like sizes, got {tuple(wanted.shape)}")
+    wanted = wanted.to("cpu", torch.float32)
+    half = (crop - 1) / 2
+    aligned = torch.where(moved[:, None], wanted, (wanted - half).round() + half)
+    return torch.where(wanted.isfinite().all(dim=-1, keepdim=True), aligned, centre)
+
+
+def _elastic(
+    alpha: Tensor,
+    sigma: Tensor,
+    *,
+    spacing: float,
+    reach: float,
+    output_size: tuple[int, int],
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """Elastic displacement (B, 2, h, w): smoothed noise times `alpha`.
+
+    A Gaussian of `sigma` pixels cannot tell noise at every pixel from noise at knots up to sigma apart with
+    the same variance per area, so the noise lives on knots `spacing` apart and smoothing is two small matrix
+    products. Uniform noise on -1..1 gives a standard deviation of alpha / sqrt(3) / (2 sqrt(pi) sigma).
+
+    Args:
+        alpha: (B,) strengths; 0 gives no displacement.
+        sigma: (B,) smoothness in output pixels.
+        spacing: Distance of the knots, the smallest possible sigma.
+        reach: Largest possible sigma.
+        output_size: (h, w).
+        generator: Source of the noise, on the CPU.
+        device: Where the displacement is computed.
+    """
+    if spacing <= 0:
+        raise ValueError(f"elastic_sigma must be positive pixels, got {spacing}")
+    margin = math.ceil(_KERNEL_RADIUS * reach / spacing)
+    knots = [torch.arange(-margin, math.ceil((size - 1) / spacing) + margin + 1) for size in output_size]
+    noise = 2 * torch.rand(len(alpha), 2, len(knots[0]), len(knots[1]), generator=generator) - 1
+
+    alpha, sigma = alpha.to(device), sigma.to(device)[:, None, None]
+
+    def kernel(size: int, knots: Tensor) -> Tensor:  # (B, 1, size, knots)
+        distance = torch.arange(size, device=device)[:, None] - spacing * knots.to(device)
+        weights = torch.exp(-0.5 * (distance / sigma) ** 2) / (math.sqrt(2 * math.pi) * sigma)
+        return weights[:, None]
+
+    down, across = (kernel(size, knots) for size, knots in zip(output_size, knots, strict=True))
+    with full_precision(device):
+        smooth = down @ noise.to(device) @ across.mT  # (B, 2, h, w)
+    strength = alpha * spacing
+    squeeze = strength * _compression(smooth, step=max(1, round(spacing / 6)))
+    strength = strength * (MAX_COMPRESSION / squeeze.clamp(min=MAX_COMPRESSION))
+    return smooth * strength[:, None, None, None]
+
+
+def _compression(displacement: Tensor, *, step: int) -> Tensor:
+    """How much a displacement squeezes its grid at most: minus the lowest eigenvalue of its strain.
+
+    The strain is the symmetric part of the gradient. Where this is below 1 everywhere, `out + u(out)` is
+    strictly monotone, hence one to one. The gradients in a bilinear cell are mixtures of the four that its
+    edges give, and the eigenvalue is concave, so these four are enough. Looking only every `step` pixels, a
+    sixth of the smoothness, misses a few hundredths at most.
+
+    Shape: (B, 2, h, w) -> (B,).
+    """
+    if min(displacement.shape[-2:]) < 2:
+        return displacement.new_zeros(len(displacement))
+    rows, columns = (
+        torch.linspace(0, size - 1, math.ceil((size - 1) / step) + 1, device=displacement.device)
+        .round()
+        .long()
+        for size in displacement.shape[-2:]
+    )
+    coarse = displacement[..., rows[:, None], columns]
+    along_y = coarse.diff(dim=-2) / rows.diff()[:, None]  # (B, 2, h - 1, w)
+    along_x = coarse.diff(dim=-1) / columns.diff()  # (B, 2, h, w - 1)
+    worst = []
+    for gradient_y in (along_y[..., :-1], along_y[..., 1:]):
+        for gradient_x in (along_x[..., :-1, :], along_x[..., 1:, :]):
+            half_trace = (gradient_y[:, 0] + gradient_x[:, 1]) / 2
+            half_difference = (gradient_y[:, 0] - gradient_x[:, 1]) / 2
+            shear = (gradient_y[:, 1] + gradient_x[:, 0]) / 2
+            lowest = half_trace - (half_difference**2 + shear**2).sqrt()
+            worst.append(-lowest.amin(dim=(-2, -1)))
+    return torch.stack(worst).amax(dim=0).clamp(min=0)
+
+
+def _undo_displacement(displacement: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve `p + u(p) = target` for p by Newton's method.
+
+    Shape: (B, 2, h, w), (B, N, 2) -> (B, N, 2), and (B, N) bool: whether p is accurate.
+    """
+    identity = torch.eye(2, device=targets.device)
+    points = targets
+    for _ in range(_NEWTON_STEPS):
+        shift, gradient = _interpolate(displacement, points)
+        points = points - _solve(identity + gradient, points + shift - targets)
+    miss = points + _interpolate(displacement, points)[0] - targets
+    # A squeeze of MAX_COMPRESSION makes an error in p up to four times the miss.
+    return points, miss.norm(dim=-1) < _TOLERANCE * (1 - MAX_COMPRESSION)
+
+
+def _interpolate(displacement: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Interpolate a displacement bilinearly, constant beyond its edge, and give its gradient.
+
+    Shape: (B, 2, h, w), (B, N, 2) -> (B, N, 2), and (B, N, 2, 2) as component, axis.
+    """
+    height, width = displacement.shape[-2:]
+    last = points.new_tensor([height - 1, width - 1])
+    clamped = points.clamp(min=0).minimum(last)
+    corner = clamped.floor().minimum((last - 1).clamp(min=0))
+    down, across = (clamped - corner)[..., None].unbind(-2)  # (B, N, 1)
+    index = corner[..., 0].long() * width + corner[..., 1].long()  # (B, N)
+    below, right = width * (height > 1), int(width > 1)
+    flat = displacement.flatten(2)
+
+    def at(shift: int) -> Tensor:  # (B, N, 2)
+        return flat.gather(2, (index + shift)[:, None].expand(-1, 2, -1)).transpose(1, 2)
+
+    top_left, top_right, bottom_left, bottom_right = at(0), at(right), at(below), at(below + right)
+    top, bottom = torch.lerp(top_left, top_right, across), torch.lerp(bottom_left, bottom_right, across)
+    along_x = torch.lerp(top_right - top_left, bottom_right - bottom_left, down)
+    gradient = torch.stack([bottom - top, along_x], dim=-1)  # (B, N, 2, 2): component, axis
+    return torch.lerp(top, bottom, down), gradient * (clamped == points)[..., None, :]
+
+
+def _apply(matrix: Tensor, points: Tensor) -> Tensor:
+    """(B, 2, 2) matrices on (B, N, 2) points, in full precision under autocast too."""
+    return (matrix[:, None] * points[..., None, :]).sum(dim=-1)
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve 2 x 2 systems, (..., 2, 2) and (..., 2), by Cramer's rule."""
+    (a, b), (c, d) = (row.unbind(-1) for row in matrix.unbind(-2))
+    y, x = right.unbind(-1)
+    return torch.stack([d * y - b * x, a * x - c * y], dim=-1) / (a * d - b * c)[..., None]
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off: a bfloat16 coordinate is wrong by a pixel at 256."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
