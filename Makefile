@@ -41,13 +41,14 @@ clean:
 
 # A stamp is newer than the files it was installed from, so that a second make installs nothing.
 
-$(BIN)/python:
+$(VENV)/created:
 	sh scripts/make-venv.sh "$(PYTHON)" $(VENV)
+	touch $@
 
-$(VENV)/installed-engine: $(SETTINGS) | $(BIN)/python
+$(VENV)/installed-engine: $(SETTINGS) | $(VENV)/created
 	$(PIP_INSTALL) -e .
 	touch $@
 
-$(VENV)/installed-tests: $(SETTINGS) | $(BIN)/python
+$(VENV)/installed-tests: $(SETTINGS) | $(VENV)/created
 	$(PIP_INSTALL) -e ".[test,dicom,superpoint]"
 	touch $@ $(VENV)/installed-engine

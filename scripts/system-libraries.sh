@@ -30,13 +30,13 @@ done
 
 line="apt-get update && apt-get install -y --no-install-recommends$missing"
 if [ "$(id -u)" -eq 0 ]; then
-    run="sh -c"
+    run="env DEBIAN_FRONTEND=noninteractive sh -c"
 elif command -v sudo >/dev/null 2>&1 && sudo -n true 2>/dev/null; then
-    run="sudo -n sh -c"
+    run="sudo -n env DEBIAN_FRONTEND=noninteractive sh -c"
 else
     run=""
 fi
-if [ -n "$run" ] && DEBIAN_FRONTEND=noninteractive $run "$line"; then
+if [ -n "$run" ] && $run "$line"; then
     exit 0
 fi
 echo "Tests that open a window will be skipped: these system libraries are missing. As root, run" >&2
