@@ -1,0 +1,54 @@
+# make help lists what there is. Everything is installed into .venv; delete that folder, or run make clean,
+# to start afresh.
+#
+#   make PYTHON=/path/to/python3.12 demo       another Python
+#   make PIP_ARGS="..." demo                   more options for pip, such as an index with another torch
+#   make PYTEST_ARGS="-k phantom" test         some of the tests
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
+SETTINGS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   make a synthetic cohort, pretrain, finetune, segment (at most 5 minutes on two cores)"
+	@echo "make test   run the tests"
+	@echo "make lint   check format, style and types"
+	@echo "make clean  delete .venv, caches and what the demo wrote"
+
+demo: $(VENV)/installed-engine
+	$(BIN)/kaf demo --output demo-output
+
+test: $(VENV)/installed-tests
+	sh scripts/system-libraries.sh
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo-output benchmark-output build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is newer than the files it was installed from, so that a second make installs nothing.
+
+$(VENV)/created:
+	sh scripts/make-venv.sh "$(PYTHON)" $(VENV)
+	touch $@
+
+$(VENV)/installed-engine: $(SETTINGS) | $(VENV)/created
+	$(PIP_INSTALL) -e .
+	touch $@
+
+$(VENV)/installed-tests: $(SETTINGS) | $(VENV)/created
+	$(PIP_INSTALL) -e ".[test,dicom,superpoint]"
+	touch $@ $(VENV)/installed-engine
