@@ -141,9 +141,9 @@ class AttentionBlock(nn.Module):
             weight, bias = self.query_key_value.weight, self.query_key_value.bias
             width = self.width
             query = keypoints.pad(functional.linear(embeddings, weight[:width], bias[:width]))
-            key, value = source_keypoints.pad(
-                functional.linear(source, weight[width:], bias[width:])
-            ).chunk(2, dim=-1)
+            key, value = source_keypoints.pad(functional.linear(source, weight[width:], bias[width:])).chunk(
+                2, dim=-1
+            )
         message = self.merge(keypoints.pack(self._attend(query, key, value, source_keypoints)))
         update: Tensor = self.mlp(torch.cat([embeddings.to(message.dtype), message], dim=-1))
         return embeddings + update
@@ -153,7 +153,10 @@ class AttentionBlock(nn.Module):
         if not source.full:
             empty = ~source.valid.any(1, keepdim=True)  # a softmax over nothing has no value
             mask = (source.valid | empty)[:, None, None, :]
-        heads = [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value)]
-        attended = functional.scaled_dot_product_attention(*heads, attn_mask=mask)  # (B, heads, N, E / heads)
+        shape = (len(source.valid), -1, self.heads, self.width // self.heads)
+        query, key, value = (x.reshape(shape).transpose(1, 2) for x in (query, key, value))
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask
+        )  # (B, heads, N, E / heads)
         message = attended.transpose(1, 2).flatten(2)  # (B, N, E)
         return message * source.valid.any(1)[:, None, None].to(message.dtype) if mask is not None else message

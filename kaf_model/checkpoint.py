@@ -163,7 +163,9 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappin
         safetensors.torch.save_file(dict(tensors), temporary, metadata={_HEADER: json.dumps(header)})
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}; choose another place with room on it") from error
+        raise CheckpointError(
+            f"cannot write {path}: {error}; choose another place with room on it"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -179,7 +181,9 @@ def load_header(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     if path.suffix in {".pth", ".pt", ".ckpt"}:
-        raise CheckpointError(f"{path.name} is a pickled checkpoint; convert it with: kaf import {path} -o FILE")
+        raise CheckpointError(
+            f"{path.name} is a pickled checkpoint; convert it with: kaf import {path} -o FILE"
+        )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -194,7 +198,8 @@ def load_header(path: str | Path) -> dict[str, Any]:
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a file written by `save_tensors`, onto the CPU."""
     try:
-        return safetensors.torch.load_file(path)
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+        return tensors
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is broken: {error}") from error
 
@@ -268,9 +273,8 @@ class LoadReport:
         if not self.initialised:
             return f"loaded all {len(self.loaded)} tensors"
         parts = sorted({name.split(".")[0] for name in self.initialised})
-        return (
-            f"loaded {len(self.loaded)} tensors; {len(self.initialised)} keep their random start ({', '.join(parts)})"
-        )
+        fresh = f"{len(self.initialised)} keep their random start ({', '.join(parts)})"
+        return f"loaded {len(self.loaded)} tensors; {fresh}"
 
 
 def load_matching(module: nn.Module, weights: Mapping[str, Tensor], *, prefix: str = "") -> LoadReport:

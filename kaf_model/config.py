@@ -29,7 +29,9 @@ class SliceConfig(Settings):
     """How a volume becomes network-ready slices."""
 
     spacing: float | None = Field(
-        1.5, gt=0, description="In-plane pixel size in mm to which slices are resampled; none keeps the source's."
+        1.5,
+        gt=0,
+        description="In-plane pixel size in mm to which slices are resampled; none keeps the source's.",
     )
     clip_percentiles: tuple[float, float] = Field(
         (1.0, 99.0), description="Intensities of a volume are clipped at these percentiles, then z-scored."
@@ -54,7 +56,9 @@ class KeypointConfig(Settings):
     contrast_threshold: float = Field(
         0.04, ge=0, description="SIFT: lowest contrast of a keypoint; lower finds more."
     )
-    edge_threshold: float = Field(10.0, gt=0, description="SIFT: edge-likeness above which a keypoint is dropped.")
+    edge_threshold: float = Field(
+        10.0, gt=0, description="SIFT: edge-likeness above which a keypoint is dropped."
+    )
     sigma: float = Field(1.6, gt=0, description="SIFT: blur of the first octave, in pixels.")
 
 
@@ -63,7 +67,10 @@ class CorrespondenceConfig(Settings):
 
     radius: float = Field(30.0, gt=0, description="Largest Manhattan distance in pixels.")
     ratio: float | None = Field(
-        None, gt=0, le=1, description="Lowe's ratio: best over second-best descriptor distance; none turns it off."
+        None,
+        gt=0,
+        le=1,
+        description="Lowe's ratio: best over second-best descriptor distance; none turns it off.",
     )
 
 
@@ -102,7 +109,9 @@ class ModelConfig(Settings):
         if self.embedding_width % self.heads:
             raise ValueError(f"embedding_width {self.embedding_width} must divide by heads {self.heads}")
         if self.architecture == "kaf-unet" and not self.kaf_levels:
-            raise ValueError("a kaf-unet needs at least one of kaf_levels; choose architecture 'unet' for none")
+            raise ValueError(
+                "a kaf-unet needs at least one of kaf_levels; choose architecture 'unet' for none"
+            )
         return self
 
     @classmethod
@@ -123,25 +132,38 @@ class AugmentConfig(Settings):
     """How training slices are moved and changed. Spatial changes move image, labels and points alike."""
 
     crop: tuple[int, int] | None = Field(
-        (128, 128), description="Height and width in pixels of what the network sees; none keeps the slice's size."
+        (128, 128),
+        description="Height and width in pixels of what the network sees; none keeps the slice's size.",
     )
     spatial_probability: float = Field(
-        0.9, ge=0, le=1, description="Chance that a slice is rotated, scaled and deformed; else it is only cropped."
+        0.9,
+        ge=0,
+        le=1,
+        description="Chance that a slice is rotated, scaled and deformed; else it is only cropped.",
     )
     mirror: bool = Field(False, description="Mirror each axis with chance one half.")
-    rotation: float = Field(30.0, ge=0, le=180, description="Rotation is drawn from plus or minus this, degrees.")
+    rotation: float = Field(
+        30.0, ge=0, le=180, description="Rotation is drawn from plus or minus this, degrees."
+    )
     scale: tuple[float, float] = Field((0.75, 1.3), description="Magnification is drawn from this range.")
-    elastic_alpha: tuple[float, float] = Field((0.0, 250.0), description="Strength of the elastic deformation.")
+    elastic_alpha: tuple[float, float] = Field(
+        (0.0, 250.0), description="Strength of the elastic deformation."
+    )
     elastic_sigma: tuple[float, float] = Field((9.0, 14.0), description="Smoothness of it, in pixels.")
     intensity_probability: float = Field(
-        0.3, ge=0, le=1, description="Chance of each change of gamma, brightness, contrast, noise, blur and resolution."
+        0.3,
+        ge=0,
+        le=1,
+        description="Chance of each change of gamma, brightness, contrast, noise, blur and resolution.",
     )
     gamma: tuple[float, float] = Field((0.7, 1.5), description="Exponent on intensities scaled to 0..1.")
     brightness: float = Field(0.3, ge=0, description="Largest shift, in standard deviations of the volume.")
     contrast: tuple[float, float] = Field((0.7, 1.3), description="Factor about the slice's mean.")
     noise: float = Field(0.15, ge=0, description="Largest standard deviation of additive Gaussian noise.")
     blur: tuple[float, float] = Field((0.5, 1.0), description="Sigma of a Gaussian blur, pixels.")
-    low_resolution: tuple[float, float] = Field((1.0, 2.0), description="Factor of simulated coarser sampling.")
+    low_resolution: tuple[float, float] = Field(
+        (1.0, 2.0), description="Factor of simulated coarser sampling."
+    )
 
     @classmethod
     def preset(cls, name: Literal["strong", "paper", "none"], **overrides: Any) -> AugmentConfig:
@@ -170,16 +192,28 @@ class TrainingConfig(Settings):
 
     steps: int | None = Field(None, gt=0, description="Optimiser steps to train.")
     epochs: float | None = Field(None, gt=0, description="Passes over all training slices to train.")
-    time_budget: float | None = Field(None, gt=0, description="Seconds to train; the budget that ends first counts.")
-    batch_size: int = Field(10, gt=0, description="Slices (finetuning) or pairs of slices (pretraining) a step.")
+    time_budget: float | None = Field(
+        None, gt=0, description="Seconds to train; the budget that ends first counts."
+    )
+    batch_size: int = Field(
+        10, gt=0, description="Slices (finetuning) or pairs of slices (pretraining) a step."
+    )
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="Optimiser.")
     learning_rate: float = Field(2e-3, gt=0, description="Highest learning rate; it falls along a cosine.")
-    learning_rate_floor: float = Field(0.0, ge=0, lt=1, description="Last learning rate, as a part of the highest.")
-    warmup: float = Field(0.02, ge=0, lt=1, description="Part of the training in which the learning rate rises.")
+    learning_rate_floor: float = Field(
+        0.0, ge=0, lt=1, description="Last learning rate, as a part of the highest."
+    )
+    warmup: float = Field(
+        0.02, ge=0, lt=1, description="Part of the training in which the learning rate rises."
+    )
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD.")
-    gradient_clip: float | None = Field(5.0, gt=0, description="Largest norm of the gradient; none leaves it.")
-    checkpoint_every: float = Field(60.0, gt=0, description="Seconds between checkpoints written while training.")
+    gradient_clip: float | None = Field(
+        5.0, gt=0, description="Largest norm of the gradient; none leaves it."
+    )
+    checkpoint_every: float = Field(
+        60.0, gt=0, description="Seconds between checkpoints written while training."
+    )
     seed: int = Field(0, ge=0, description="Seed of weights, sampling and augmentation.")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Augmentation.")
 
@@ -195,8 +229,12 @@ class PretrainConfig(TrainingConfig):
 
     steps: int | None = Field(2000, gt=0, description="Optimiser steps to train.")
     weight_pcl: float = Field(1.0, ge=0, description="w1: weight of L_PCL on the bottleneck (Eq. 3).")
-    weight_global: float = Field(1.0, ge=0, description="w2: weight of L_global on keypoint features (Eq. 3).")
-    weight_local: float = Field(0.01, ge=0, description="w3: weight of L_local, the keypoint matching (Eq. 3).")
+    weight_global: float = Field(
+        1.0, ge=0, description="w2: weight of L_global on keypoint features (Eq. 3)."
+    )
+    weight_local: float = Field(
+        0.01, ge=0, description="w3: weight of L_local, the keypoint matching (Eq. 3)."
+    )
     temperature: float = Field(0.1, gt=0, description="Temperature of the contrastive losses (Eq. 1).")
     contrastive_scale: float = Field(
         1.0, gt=0, description="Factor on both contrastive losses; published: temperature / 0.07."
@@ -205,12 +243,17 @@ class PretrainConfig(TrainingConfig):
         0.35, gt=0, le=1, description="Slices closer than this (0..1 along the volume) are a positive pair."
     )
     neighbour_range: float = Field(
-        0.18, gt=0, le=1, description="The second view is a slice within this part of the volume, never itself."
+        0.18,
+        gt=0,
+        le=1,
+        description="The second view is a slice within this part of the volume, never itself.",
     )
     projection_width: int = Field(512, gt=0, description="Width of the global embeddings.")
     matching_rounds: int = Field(2, ge=0, description="Rounds of self- and cross-attention before matching.")
     sinkhorn_iterations: int = Field(100, gt=0, description="Iterations of the optimal transport.")
-    matched_weight: float = Field(0.45, ge=0, description="Weight of the mean over matched keypoints in L_local.")
+    matched_weight: float = Field(
+        0.45, ge=0, description="Weight of the mean over matched keypoints in L_local."
+    )
     unmatched_weight: float = Field(1.0, ge=0, description="Weight of the mean over unmatched keypoints.")
     correspondences: CorrespondenceConfig = Field(
         default_factory=CorrespondenceConfig, description="Which keypoints of two slices count as the same."
@@ -236,7 +279,10 @@ class FinetuneConfig(TrainingConfig):
         1.0, ge=0, description="Learning rate of pretrained parts, as a part of the others'; 0 freezes them."
     )
     averaging: float = Field(
-        0.99, ge=0, lt=1, description="Decay of the running average of the weights that is kept; 0 keeps the last."
+        0.99,
+        ge=0,
+        lt=1,
+        description="Decay of the running average of the weights that is kept; 0 keeps the last.",
     )
     holdout: float = Field(
         0.0, ge=0, lt=1, description="Part of the labelled slices held out to measure Dice while training."
@@ -254,7 +300,9 @@ class SegmentConfig(Settings):
 
     batch_size: int = Field(8, gt=0, description="Slices a forward pass.")
     flips: bool = Field(False, description="Average over mirrored copies of each slice (4 times the work).")
-    largest_component: bool = Field(False, description="Keep only the largest connected component of each class.")
+    largest_component: bool = Field(
+        False, description="Keep only the largest connected component of each class."
+    )
     probabilities: bool = Field(False, description="Also return the probability of each class.")
     uncertainty: bool = Field(False, description="Also return the entropy of the class probabilities, 0..1.")
 

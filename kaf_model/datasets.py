@@ -116,7 +116,9 @@ def prepare_volumes(
         for volume in [source] if isinstance(source, (Volume, Unreadable)) else scan_volumes([source]):
             if isinstance(volume, Unreadable):
                 passed_over.append(f"{volume.path.name}: {volume.reason}")
-                yield Progress("preparing", number + 1, len(sources), message=f"passed over {passed_over[-1]}")
+                yield Progress(
+                    "preparing", number + 1, len(sources), message=f"passed over {passed_over[-1]}"
+                )
                 continue
             slices_done = prepare_slices(volume, slices, detector, store=store, cache=cache)
             prepared.append((yield from _reported(slices_done, number, len(sources))))
@@ -439,7 +441,9 @@ class PretrainingPairs:
         for row, pair in enumerate(rows.tolist()):
             found = self.matches0(*pairs[pair])
             matches0[row, : len(found)] = torch.from_numpy(found)
-        position = torch.tensor([float(self.volumes[pairs[r][0]].positions[pairs[r][1]]) for r in rows.tolist()])
+        position = torch.tensor(
+            [float(self.volumes[pairs[r][0]].positions[pairs[r][1]]) for r in rows.tolist()]
+        )
         return _compact_pairs(views, matches0.to(device), position.repeat(2).to(device))
 
 

@@ -58,8 +58,8 @@ def choose_device(name: str = "auto") -> torch.device:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 faster than in float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def make_fabric(device: str = "auto", *, precision: Literal["auto", "float32"] = "auto") -> Fabric:
@@ -118,7 +118,10 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def make_optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Build the optimiser; each group's "rate" is its learning rate as a part of the configured one."""
-    scaled = [{"params": group["params"], "lr": config.learning_rate * group["rate"], "rate": group["rate"]} for group in groups]
+    scaled = [
+        {"params": group["params"], "lr": config.learning_rate * group["rate"], "rate": group["rate"]}
+        for group in groups
+    ]
     if config.optimizer == "sgd":
         return torch.optim.SGD(scaled, momentum=config.momentum, weight_decay=config.weight_decay)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
@@ -263,13 +266,16 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.micro_batches >= self.config.batch_size:
             raise OutOfMemory(
-                "a single slice does not fit the memory of the device; use smaller crops, a smaller preset, or --device cpu"
+                "a single slice does not fit the memory of the device; use smaller crops, a smaller preset, "
+                "or --device cpu"
             ) from error
         self.micro_batches = min(2 * self.micro_batches, self.config.batch_size)
         release_memory()
         return f"memory ran out: each step now runs in {self.micro_batches} parts"
 
-    def save(self, path: Path, fingerprint: Mapping[str, Any], extra: Mapping[str, Tensor] | None = None) -> None:
+    def save(
+        self, path: Path, fingerprint: Mapping[str, Any], extra: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Write what `restore` needs to go on to the same result."""
         if not self.fabric.is_global_zero:
             return
@@ -301,15 +307,25 @@ class Trainer:
         was = header["fingerprint"]
         changed = sorted(key for key in {*was, *fingerprint} if was.get(key) != fingerprint.get(key))
         if changed:
-            details = "; ".join(f"{key} was {was.get(key)!r}, now {fingerprint.get(key)!r}" for key in changed[:3])
-            raise UserError(f"cannot resume {path}: {details}. Use the same settings, or train anew without --resume")
+            details = "; ".join(
+                f"{key} was {was.get(key)!r}, now {fingerprint.get(key)!r}" for key in changed[:3]
+            )
+            raise UserError(
+                f"cannot resume {path}: {details}. Use the same settings, or train anew without --resume"
+            )
         tensors = load_tensors(path)
         self.raw_module.load_state_dict(_with_prefix(tensors, "module."))
         moments = _with_prefix(tensors, "optimizer.")
         for name, parameter in self.raw_module.named_parameters():
-            own = {key[len(name) + 1 :]: value for key, value in moments.items() if key.rpartition(".")[0] == name}
+            own = {
+                key[len(name) + 1 :]: value
+                for key, value in moments.items()
+                if key.rpartition(".")[0] == name
+            }
             if own:
-                self.optimizer.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in own.items()}
+                self.optimizer.optimizer.state[parameter] = {
+                    key: value.to(parameter.device) for key, value in own.items()
+                }
         self.state = TrainingState(**header["resume"])
         self.micro_batches = header["micro_batches"]
         return _with_prefix(tensors, "extra.")
@@ -321,7 +337,7 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
 
 def channels_last(module: nn.Module) -> None:
     """Lay out convolution weights channels last, which CPUs and GPUs convolve fastest in mixed precision."""
-    module.to(memory_format=torch.channels_last)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def release_memory() -> None:

@@ -227,7 +227,8 @@ class _Average:
         self._model.update_parameters(self._network)
 
     def network(self) -> SegmentationNetwork:
-        average: SegmentationNetwork = self._model.module
+        average = self._model.module
+        assert isinstance(average, SegmentationNetwork)
         return average.eval()
 
     def best(self) -> SegmentationNetwork:
@@ -244,7 +245,9 @@ class _Average:
         overlap, size = np.zeros(len(self._classes)), np.zeros(len(self._classes))
         network = self.network()
         for item in self._held_out:
-            probabilities = predict_slices(network, item.image[None].astype(np.float32), [item.keypoints], device)
+            probabilities = predict_slices(
+                network, item.image[None].astype(np.float32), [item.keypoints], device
+            )
             predicted = probabilities[0].argmax(0).cpu().numpy()
             known = item.labels != IGNORED
             for channel in range(1, len(self._classes)):
@@ -292,7 +295,9 @@ def _settings(
         differing = [name for name in ours if ours[name] != theirs[name]]
         if differing:
             details = ", ".join(f"{name} {theirs[name]} there, {ours[name]} here" for name in differing)
-            raise CheckpointError(f"the start has another architecture: {details}; leave out the preset to take the start's")
+            raise CheckpointError(
+                f"the start has another architecture: {details}; leave out the preset to take the start's"
+            )
     return origin.model, origin.slices, origin.keypoints
 
 

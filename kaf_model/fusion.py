@@ -66,9 +66,9 @@ class KafLayer(nn.Module):
         embeddings = self._embed(features, cells, keypoints)
         for block in self.attention:
             embeddings = block(embeddings, keypoints)
-        spread = sparse_convolution(self.diffusion[0], embeddings, cells, keypoints, (height, width))
-        for module in self.diffusion[1:]:
-            spread = module(spread)
+        first, normalise, activate, second = self.diffusion
+        spread = sparse_convolution(first, embeddings, cells, keypoints, (height, width))
+        spread = second(activate(normalise(spread)))
         return torch.cat([features, spread.to(features.dtype)], dim=1), embeddings
 
     def _embed(self, features: Tensor, cells: Tensor, keypoints: PackedKeypoints) -> Tensor:
@@ -113,7 +113,7 @@ def sparse_convolution(
     flat = _flat_index(cells, keypoints, height, width)
     sharing = flat.new_zeros(batch * height * width).index_add(0, flat, torch.ones_like(flat))[flat]
     kernel = convolution.weight.permute(1, 2, 3, 0).flatten(1)  # (E, 9 * D)
-    taps = ((rows / sharing[:, None].to(rows.dtype)) @ kernel).unflatten(1, (9, channels))  # (T, 9, D)
+    taps = ((rows / sharing[:, None].to(rows.dtype)) @ kernel).view(-1, 9, channels)  # (T, 9, D)
     # The keypoint at p is read by the output at p - offset, for each offset of the kernel from its middle.
     steps = torch.arange(-1, 2, device=cells.device)
     offsets = torch.cartesian_prod(steps, steps)  # (9, 2)
@@ -123,4 +123,4 @@ def sparse_convolution(
     index = (keypoints.image[:, None] * height + targets[..., 0]) * width + targets[..., 1]
     spread = convolution.bias.to(taps.dtype).expand(batch * height * width, channels)
     spread = spread.index_add(0, index[inside], taps[inside])
-    return spread.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+    return spread.view(batch, height, width, channels).permute(0, 3, 1, 2)

@@ -51,7 +51,9 @@ class LabelledVolume:
             raise UserError(f"{name} has slices 0..{shape[0] - 1}, slice {beyond[0]} was named as labelled")
         for z, status in self.statuses.items():
             if status is SliceStatus.EMPTY and self.labels[z].any():
-                raise UserError(f"slice {z} of {name} is marked empty but {np.count_nonzero(self.labels[z])} pixels are painted")
+                raise UserError(
+                    f"slice {z} of {name} is marked empty but {np.count_nonzero(self.labels[z])} pixels are painted"
+                )
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,7 @@ class ClassMap:
         object.__setattr__(self, "_channels", {value: channel for channel, value in enumerate(values)})
 
     @classmethod
-    def of_labels(
-        cls, cases: Sequence[LabelledVolume], names: Mapping[int, str] | None = None
-    ) -> ClassMap:
+    def of_labels(cls, cases: Sequence[LabelledVolume], names: Mapping[int, str] | None = None) -> ClassMap:
         """The classes painted in the labelled slices, in ascending order of value.
 
         Args:
@@ -141,7 +141,9 @@ def check_learnable(labels: Sequence[NDArray[np.int64]], classes: ClassMap) -> N
     if not known:
         raise UserError("the labelled slices are partial and nothing is painted on them; paint something")
     if known == [0]:
-        raise UserError("the labelled slices show only background; label a slice on which a structure is painted")
+        raise UserError(
+            "the labelled slices show only background; label a slice on which a structure is painted"
+        )
     if len(known) == 1:
         only = classes.classes[known[0]].name
         raise UserError(

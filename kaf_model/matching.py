@@ -83,7 +83,7 @@ def log_optimal_transport(
     norm = -(count0 + count1).log()
     log_rows = torch.cat([norm.expand(pairs, num0), count1.log() + norm], dim=1)
     log_columns = torch.cat([norm.expand(pairs, num1), count0.log() + norm], dim=1)
-    rows, columns = _LogSinkhorn.apply(
+    rows, columns = _LogSinkhorn.apply(  # type: ignore[no-untyped-call]
         with_bins,
         log_rows.masked_fill(~real0, _ABSENT),
         log_columns.masked_fill(~real1, _ABSENT),

@@ -25,7 +25,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     """Sum a tensor over all processes, gradients included; the tensor itself when there is one."""
     if not is_distributed():
         return value
-    summed: Tensor = distributed_nn.functional.all_reduce(value)
+    summed: Tensor = distributed_nn.functional.all_reduce(value)  # type: ignore[no-untyped-call]
     return summed
 
 
@@ -36,7 +36,8 @@ def gather_over_ranks(value: Tensor) -> Tensor:
     """
     if not is_distributed():
         return value
-    return torch.cat(distributed_nn.functional.all_gather(value))
+    parts = distributed_nn.functional.all_gather(value)  # type: ignore[no-untyped-call]
+    return torch.cat(parts)
 
 
 class BatchNorm(nn.BatchNorm2d):

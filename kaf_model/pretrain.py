@@ -46,7 +46,9 @@ class PretrainingNetwork(nn.Module):
         self.has_global = bool(config.weight_global and num_kaf)
         self.has_local = bool(config.weight_local and num_kaf)
         if not (config.weight_pcl or self.has_global or self.has_local):
-            raise UserError("pretraining has nothing to learn: all loss weights that apply to this network are 0")
+            raise UserError(
+                "pretraining has nothing to learn: all loss weights that apply to this network are 0"
+            )
         width = model.embedding_width
         if self.has_global or self.has_local:
             self.keypoint_projection = KeypointProjection(num_kaf * width, width=width)
@@ -189,7 +191,14 @@ def pretrain(
     def checkpoint() -> Checkpoint:
         record = _record(training, trainer, statistics_of(prepared))
         return Checkpoint(
-            "pretrained", cpu_weights(network), config, slices, keypoints, (), statistics_of(prepared), (record,),
+            "pretrained",
+            cpu_weights(network),
+            config,
+            slices,
+            keypoints,
+            (),
+            statistics_of(prepared),
+            (record,),
             software_versions(),
         )
 

@@ -151,7 +151,9 @@ def _predictions(
             if not is_out_of_memory(error):
                 raise
             if batch_size == 1:
-                raise OutOfMemory("a single slice does not fit the memory of the device; use --device cpu") from error
+                raise OutOfMemory(
+                    "a single slice does not fit the memory of the device; use --device cpu"
+                ) from error
             batch_size //= 2
             release_memory()
             continue
@@ -196,6 +198,8 @@ class _MapStore:
         if 2 * int(np.prod(shape)) <= self.limit:
             return np.zeros(shape, np.float16)
         folder = tempfile.TemporaryDirectory(prefix="kaf-maps-", ignore_cleanup_errors=True)
-        array = np.lib.format.open_memmap(Path(folder.name) / "map.npy", mode="w+", dtype=np.float16, shape=shape)
+        array = np.lib.format.open_memmap(
+            Path(folder.name) / "map.npy", mode="w+", dtype=np.float16, shape=shape
+        )
         weakref.finalize(array, folder.cleanup)
         return array

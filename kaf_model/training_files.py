@@ -43,7 +43,9 @@ class RunFiles:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UserError(f"cannot write to {self.output.parent}: {error.strerror}; choose another place") from error
+            raise UserError(
+                f"cannot write to {self.output.parent}: {error.strerror}; choose another place"
+            ) from error
 
     def keep_saved(
         self, trainer: Trainer, steps: Iterator[Progress], save: Callable[[], None]

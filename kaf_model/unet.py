@@ -167,7 +167,9 @@ def build_network(config: ModelConfig) -> SegmentationNetwork:
 
 def _packed(images: Tensor, keypoints: Tensor | None, valid: Tensor | None) -> PackedKeypoints:
     if images.dim() != 4 or images.shape[1] != 1 or images.shape[2] % 16 or images.shape[3] % 16:
-        raise ValueError(f"images must be (B, 1, H, W) with H and W divisible by 16, got {tuple(images.shape)}")
+        raise ValueError(
+            f"images must be (B, 1, H, W) with H and W divisible by 16, got {tuple(images.shape)}"
+        )
     if keypoints is None:
         return PackedKeypoints.none(len(images), images.device)
     if keypoints.dim() != 3 or len(keypoints) != len(images) or keypoints.shape[2] != 2:

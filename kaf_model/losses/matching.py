@@ -40,7 +40,9 @@ def matching_loss(
         surprise[:, :-1, :-1].gather(2, partner[..., None])[..., 0] if num1 else surprise[:, :-1, -1] * 0
     )
     matched_mean = _masked_sum(pair_surprise, matched) / matched.sum(1).clamp(min=1)
-    unmatched_sum = _masked_sum(surprise[:, :-1, -1], unmatched0) + _masked_sum(surprise[:, -1, :-1], unmatched1)
+    unmatched_sum = _masked_sum(surprise[:, :-1, -1], unmatched0) + _masked_sum(
+        surprise[:, -1, :-1], unmatched1
+    )
     unmatched_mean = unmatched_sum / (unmatched0.sum(1) + unmatched1.sum(1)).clamp(min=1)
     usable = matches.valid0.any(1) & matches.valid1.any(1)
     per_pair = matched_weight * matched_mean + unmatched_weight * unmatched_mean
