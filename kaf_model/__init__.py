@@ -9,31 +9,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kaf_model.checkpoint import Checkpoint, ClassLabel, Model, load_checkpoint, load_model
-    from kaf_model.config import (
-        AugmentConfig,
-        CorrespondenceConfig,
-        FinetuneConfig,
-        KeypointConfig,
-        ModelConfig,
-        PretrainConfig,
-        Recipe,
-        SegmentConfig,
-        SliceConfig,
-    )
-    from kaf_model.correspondences import find_correspondences
-    from kaf_model.errors import UserError
-    from kaf_model.evaluate import evaluate_folders, evaluate_volume
-    from kaf_model.finetune import FinetuneResult, finetune
-    from kaf_model.keypoints import KeypointCache, Keypoints, detect_keypoints
-    from kaf_model.labels import LabelledVolume, SliceStatus
-    from kaf_model.phantom import make_heart
-    from kaf_model.pretrain import PretrainResult, pretrain
-    from kaf_model.progress import Progress
-    from kaf_model.segment import Segmentation, segment, segment_volume
-    from kaf_model.slices import Slices
-    from kaf_model.unet import SegmentationNetwork, build_network
-    from kaf_model.volume import Volume, read_labels, read_volume, scan_volumes, write_labels, write_maps
+    from kaf_model.checkpoint import Checkpoint as Checkpoint
+    from kaf_model.checkpoint import ClassLabel as ClassLabel
+    from kaf_model.checkpoint import Model as Model
+    from kaf_model.checkpoint import load_checkpoint as load_checkpoint
+    from kaf_model.checkpoint import load_model as load_model
+    from kaf_model.config import AugmentConfig as AugmentConfig
+    from kaf_model.config import CorrespondenceConfig as CorrespondenceConfig
+    from kaf_model.config import FinetuneConfig as FinetuneConfig
+    from kaf_model.config import KeypointConfig as KeypointConfig
+    from kaf_model.config import ModelConfig as ModelConfig
+    from kaf_model.config import PretrainConfig as PretrainConfig
+    from kaf_model.config import Recipe as Recipe
+    from kaf_model.config import SegmentConfig as SegmentConfig
+    from kaf_model.config import SliceConfig as SliceConfig
+    from kaf_model.correspondences import find_correspondences as find_correspondences
+    from kaf_model.errors import UserError as UserError
+    from kaf_model.evaluate import evaluate_folders as evaluate_folders
+    from kaf_model.evaluate import evaluate_volume as evaluate_volume
+    from kaf_model.finetune import FinetuneResult as FinetuneResult
+    from kaf_model.finetune import finetune as finetune
+    from kaf_model.keypoints import KeypointCache as KeypointCache
+    from kaf_model.keypoints import Keypoints as Keypoints
+    from kaf_model.keypoints import detect_keypoints as detect_keypoints
+    from kaf_model.labels import LabelledVolume as LabelledVolume
+    from kaf_model.labels import SliceStatus as SliceStatus
+    from kaf_model.phantom import make_heart as make_heart
+    from kaf_model.pretrain import PretrainResult as PretrainResult
+    from kaf_model.pretrain import pretrain as pretrain
+    from kaf_model.progress import Progress as Progress
+    from kaf_model.segment import Segmentation as Segmentation
+    from kaf_model.segment import segment as segment
+    from kaf_model.segment import segment_volume as segment_volume
+    from kaf_model.slices import Slices as Slices
+    from kaf_model.unet import SegmentationNetwork as SegmentationNetwork
+    from kaf_model.unet import build_network as build_network
+    from kaf_model.volume import Volume as Volume
+    from kaf_model.volume import read_labels as read_labels
+    from kaf_model.volume import read_volume as read_volume
+    from kaf_model.volume import scan_volumes as scan_volumes
+    from kaf_model.volume import write_labels as write_labels
+    from kaf_model.volume import write_maps as write_maps
 
 _HOME = {
     "checkpoint": ("Checkpoint", "ClassLabel", "Model", "load_checkpoint", "load_model"),
