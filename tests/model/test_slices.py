@@ -79,7 +79,9 @@ def test_labels_without_resampling_are_exact():
 def test_labels_take_the_nearest_voxel():
     slices = Slices(volume(spacing=(5, 1.0, 1.0), shape=(1, 4, 6)), SliceConfig(spacing=2.0))
     labels = np.arange(24).reshape(1, 4, 6)
-    reference = [[labels[0, int(np.floor(2 * y + 1)), int(np.floor(2 * x + 1))] for x in range(3)] for y in (0, 1)]
+    reference = [
+        [labels[0, int(np.floor(2 * y + 1)), int(np.floor(2 * x + 1))] for x in range(3)] for y in (0, 1)
+    ]
     assert slices.labels(labels, [0])[0].tolist() == reference
 
 
