@@ -171,15 +171,23 @@ class AugmentConfig(Settings):
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
-        for name in ("scale", "elastic_alpha", "elastic_sigma", "gamma", "contrast", "blur", "low_resolution"):
+        for name in (
+            "scale",
+            "elastic_alpha",
+            "elastic_sigma",
+            "gamma",
+            "contrast",
+            "blur",
+            "low_resolution",
+        ):
             low, high = getattr(self, name)
             positive = name in ("scale", "elastic_sigma", "gamma", "blur")
             lowest = 1.0 if name == "low_resolution" else 0.0
             if low > high or low < lowest or (positive and low == 0):
                 bound = "above 0" if positive else f"at least {lowest:g}"
                 raise ValueError(f"{name} must be a range (low, high) with low {bound}, got {(low, high)}")
-        if self.crop is not None and (min(self.crop) < 16 or any(side % 16 for side in self.crop)):
-            raise ValueError(f"crop must be multiples of 16 pixels, got {self.crop}")
+        if self.crop is not None and min(self.crop) < 1:
+            raise ValueError(f"crop must be at least 1 x 1 pixels, got {self.crop}")
         return self
 
     @classmethod
@@ -238,6 +246,10 @@ class TrainingConfig(Settings):
     def _some_budget(self) -> Self:
         if self.steps is None and self.epochs is None and self.time_budget is None:
             raise ValueError("training needs a budget: give steps, epochs or time_budget (seconds)")
+        if self.augment.crop is not None and any(side % 16 for side in self.augment.crop):
+            raise ValueError(
+                f"networks halve their input four times: crop must divide by 16, got {self.augment.crop}"
+            )
         return self
 
 
