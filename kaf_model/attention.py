@@ -123,7 +123,8 @@ def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tenso
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ value
+    attended: Tensor = scores.softmax(-1) @ value
+    return attended
 
 
 class AttentionBlock(nn.Module):
