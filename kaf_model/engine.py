@@ -260,7 +260,7 @@ class Trainer:
                             "the weights before it. Try a lower learning rate, or precision float32"
                         )
                 self.fabric.backward(losses["total"] / len(batches))
-        return sums
+        return {"total": sums.pop("total"), **sums}
 
     def _split_batch(self, error: RuntimeError) -> str:
         self.optimizer.zero_grad(set_to_none=True)
