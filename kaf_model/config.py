@@ -50,6 +50,10 @@ class KeypointConfig(Settings):
     """Which keypoints of a slice are detected."""
 
     detector: Literal["sift", "superpoint"] = Field("sift", description="Keypoint detector.")
+    superpoint_weights: str = Field(
+        "magic-leap-community/superpoint",
+        description="SuperPoint: folder with its weights, or a name that is already in the local cache.",
+    )
     max_keypoints: int = Field(
         1024, gt=0, description="At most this many keypoints a slice are kept, strongest response first."
     )
@@ -139,7 +143,7 @@ class AugmentConfig(Settings):
         0.9,
         ge=0,
         le=1,
-        description="Chance that a slice is rotated, scaled and deformed; else it is only cropped.",
+        description="Chance that a slice is rotated, scaled and deformed; else it is only cropped and mirrored.",
     )
     mirror: bool = Field(False, description="Mirror each axis with chance one half.")
     rotation: float = Field(
@@ -164,6 +168,27 @@ class AugmentConfig(Settings):
     low_resolution: tuple[float, float] = Field(
         (1.0, 2.0), description="Factor of simulated coarser sampling."
     )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name in (
+            "scale",
+            "elastic_alpha",
+            "elastic_sigma",
+            "gamma",
+            "contrast",
+            "blur",
+            "low_resolution",
+        ):
+            low, high = getattr(self, name)
+            positive = name in ("scale", "elastic_sigma", "gamma", "blur")
+            lowest = 1.0 if name == "low_resolution" else 0.0
+            if low > high or low < lowest or (positive and low == 0):
+                bound = "above 0" if positive else f"at least {lowest:g}"
+                raise ValueError(f"{name} must be a range (low, high) with low {bound}, got {(low, high)}")
+        if self.crop is not None and min(self.crop) < 1:
+            raise ValueError(f"crop must be at least 1 x 1 pixels, got {self.crop}")
+        return self
 
     @classmethod
     def preset(cls, name: Literal["strong", "paper", "none"], **overrides: Any) -> AugmentConfig:
@@ -221,6 +246,10 @@ class TrainingConfig(Settings):
     def _some_budget(self) -> Self:
         if self.steps is None and self.epochs is None and self.time_budget is None:
             raise ValueError("training needs a budget: give steps, epochs or time_budget (seconds)")
+        if self.augment.crop is not None and any(side % 16 for side in self.augment.crop):
+            raise ValueError(
+                f"networks halve their input four times: crop must divide by 16, got {self.augment.crop}"
+            )
         return self
 
 

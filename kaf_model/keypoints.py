@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kaf_model.config import KeypointConfig
+from kaf_model.geometry import from_xy
 
 CONTRAST_PERCENTILES = (0.1, 99.9)
 _MINUTES_OF_A_WRITE = 10
@@ -168,7 +169,7 @@ class SiftDetector:
         if descriptors is None:
             return Keypoints.empty(self.dimension)
         columns = np.array([(*point.pt, point.response, point.size, point.angle) for point in found])
-        columns[:, :2] = _from_xy(columns[:, :2])
+        columns[:, :2] = from_xy(columns[:, :2])
         return Keypoints.from_columns(columns, descriptors).strongest(self.config.max_keypoints)
 
 
@@ -176,8 +177,7 @@ def make_detector(config: KeypointConfig | None = None) -> Detector:
     """Return the detector that the settings name.
 
     Raises:
-        ImportError: If it is SuperPoint and `transformers` is not installed.
-        FileNotFoundError: If it is SuperPoint and its weights are not on this computer.
+        UserError: If it is SuperPoint, and `transformers` or its weights are not on this computer.
     """
     config = config or KeypointConfig()
     if config.detector == "superpoint":
@@ -441,7 +441,3 @@ def _processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0)) or 1
     return os.cpu_count() or 1
-
-
-def _from_xy(points: np.ndarray) -> np.ndarray:
-    return points[:, ::-1].copy()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from kaf_model.config import KeypointConfig
+from kaf_model.errors import UserError
 from kaf_model.keypoints import Keypoints, stretch_contrast
 
-PUBLISHED_WEIGHTS = "magic-leap-community/superpoint"
 _CELL = 8  # the network's output stride in pixels
 
 
@@ -27,22 +26,19 @@ class SuperPointDetector:
         self,
         config: KeypointConfig | None = None,
         model: Any = None,
-        *,
-        weights: str | Path = PUBLISHED_WEIGHTS,
     ) -> None:
         """Take a loaded model, or load weights from this computer.
 
         Args:
-            config: Only `max_keypoints` is read; thresholds are the model's own.
-            model: A `transformers.SuperPointForKeypointDetection`.
-            weights: Without a model: a folder, or the name of a repository that is in the hub's cache.
+            config: Only `max_keypoints` and `superpoint_weights` are read; thresholds are the model's own.
+            model: A `transformers.SuperPointForKeypointDetection`; None loads the configured weights.
 
         Raises:
-            ImportError: If `transformers` is not installed.
-            FileNotFoundError: If the weights are not on this computer.
+            UserError: If `transformers` is not installed.
+            UserError: If the weights are not on this computer.
         """
         self.config = config or KeypointConfig(detector="superpoint")
-        self.model = (_load(weights) if model is None else model).eval()
+        self.model = (_load(self.config.superpoint_weights) if model is None else model).eval()
         self.dimension: int = self.model.config.descriptor_decoder_dim
         self.fingerprint = (
             f"superpoint max_keypoints={self.config.max_keypoints} weights={_digest(self.model)} "
@@ -83,22 +79,20 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             'the SuperPoint detector needs transformers: pip install "napari-kaf[superpoint]" '
             "(or choose the detector sift, which needs nothing)"
         ) from error
     return transformers
 
 
-def _load(weights: str | Path) -> Any:
+def _load(weights: str) -> Any:
     try:
-        return _transformers().SuperPointForKeypointDetection.from_pretrained(
-            str(weights), local_files_only=True
-        )
+        return _transformers().SuperPointForKeypointDetection.from_pretrained(weights, local_files_only=True)
     except OSError as error:
-        raise FileNotFoundError(
+        raise UserError(
             f"SuperPoint's weights are not on this computer: {weights}. Give a folder with config.json and "
-            f"model.safetensors, or fetch them once with: hf download {PUBLISHED_WEIGHTS}"
+            f"model.safetensors as superpoint_weights, or fetch them once with: hf download {weights}"
         ) from error
 
 

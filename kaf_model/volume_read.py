@@ -25,6 +25,7 @@ from kaf_model.volume_files import FORMATS, PathLike, format_of, is_dicom_file
 
 SAME_GRID_TOLERANCE = 0.05  # of a voxel: headers round, and some programs store a quaternion only
 
+_IMAGE_POSITION = "0020|0032"  # DICOM's Image Position (Patient)
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 
@@ -233,14 +234,23 @@ class DicomSeries:
         with readable(self.path), _quiet_itk():
             reader = sitk.ImageSeriesReader()
             reader.SetFileNames(self._files)
+            reader.MetaDataDictionaryArrayUpdateOn()
             image = reader.Execute()
-            key = "ITK_non_uniform_sampling_deviation"
-            if image.HasMetaDataKey(key):
-                apart = float(image.GetMetaData(key))
-                self.notices.append(
-                    f"the slices are unevenly spaced (off by up to {apart:.3g} mm): some may be missing"
-                )
+            self._check_steps(reader)
             return sitk.GetArrayFromImage(image).T.reshape(self.shape), 1.0, 0.0
+
+    def _check_steps(self, reader: Any) -> None:
+        """Tell of missing or doubled slices."""
+        slices = range(len(self._files))
+        if len(slices) < 2 or not all(reader.HasMetaDataKey(index, _IMAGE_POSITION) for index in slices):
+            return
+        positions = [reader.GetMetaData(index, _IMAGE_POSITION).split("\\") for index in slices]
+        steps = np.linalg.norm(np.diff(np.array(positions, dtype=np.float64), axis=0), axis=1)  # (Z - 1,)
+        if np.ptp(steps) > SAME_GRID_TOLERANCE * np.median(steps):
+            self.notices.append(
+                f"the slices are unevenly spaced, {steps.min():.3g} to {steps.max():.3g} mm apart: "
+                "some may be missing, and distances along them are not exact"
+            )
 
 
 def usable_affine(

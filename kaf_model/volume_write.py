@@ -10,6 +10,7 @@ import gzip
 import os
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -157,7 +158,8 @@ def _write(path: Path, header: Any, frames: Iterable[NDArray[Any]]) -> None:
         reason = error.strerror or error
         raise VolumeError(f"{path}: cannot be written ({reason}); choose another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _write_frames(file: BinaryIO | gzip.GzipFile, header: Any, frames: Iterable[NDArray[Any]]) -> None:

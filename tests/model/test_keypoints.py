@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kaf_model.config import KeypointConfig
+from kaf_model.errors import UserError
 from kaf_model.keypoints import (
     KeypointCache,
     Keypoints,
@@ -524,7 +525,7 @@ def test_superpoint_fingerprint_follows_the_weights(superpoint, tmp_path):
     from kaf_model.superpoint import SuperPointDetector
 
     superpoint.save_pretrained(tmp_path / "weights")
-    loaded = SuperPointDetector(weights=tmp_path / "weights")
+    loaded = SuperPointDetector(KeypointConfig(superpoint_weights=str(tmp_path / "weights")))
     assert loaded.fingerprint == SuperPointDetector(model=superpoint).fingerprint
     with torch.no_grad():
         next(loaded.model.parameters()).add_(1e-3)
@@ -534,10 +535,10 @@ def test_superpoint_fingerprint_follows_the_weights(superpoint, tmp_path):
 def test_superpoint_says_what_is_missing(tmp_path, monkeypatch):
     from kaf_model.superpoint import SuperPointDetector
 
-    with pytest.raises(FileNotFoundError, match="weights are not on this computer"):
-        SuperPointDetector(weights=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="weights are not on this computer"):
+        SuperPointDetector(KeypointConfig(superpoint_weights=str(tmp_path / "nowhere")))
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'pip install "napari-kaf\[superpoint\]"'):
+    with pytest.raises(UserError, match=r'pip install "napari-kaf\[superpoint\]"'):
         make_detector(KeypointConfig(detector="superpoint"))
 
 
