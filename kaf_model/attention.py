@@ -51,14 +51,14 @@ class PackedKeypoints:
         """Packed rows (T, C) -> (B, N, C), zeros where there is no keypoint."""
         batch, longest = self.valid.shape
         if self.full:
-            return rows.view(batch, longest, -1)
+            return rows.view(batch, longest, rows.shape[-1])
         padded = rows.new_zeros(batch, longest, rows.shape[-1])
         return padded.masked_scatter(self.valid[..., None], rows)
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, N, C) -> packed rows (T, C)."""
         if self.full:
-            return padded.reshape(len(self), -1)
+            return padded.reshape(len(self), padded.shape[-1])
         return padded[self.valid]
 
     def mean(self, rows: Tensor) -> Tensor:

@@ -251,8 +251,8 @@ class Trainer:
             last = index == len(batches) - 1
             with self.fabric.no_backward_sync(self.module, enabled=not last):
                 losses: Mapping[str, Tensor] = self.module(batch)
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(batches)
+                for name in sorted(losses, key="total".__eq__):  # its terms first: they are to be named
+                    sums[name] = sums.get(name, 0.0) + float(losses[name].detach()) / len(batches)
                     if not math.isfinite(sums[name]):
                         self.optimizer.zero_grad(set_to_none=True)
                         raise NonFiniteLoss(
@@ -260,7 +260,7 @@ class Trainer:
                             "the weights before it. Try a lower learning rate, or precision float32"
                         )
                 self.fabric.backward(losses["total"] / len(batches))
-        return sums
+        return {"total": sums.pop("total"), **sums}
 
     def _split_batch(self, error: RuntimeError) -> str:
         self.optimizer.zero_grad(set_to_none=True)
