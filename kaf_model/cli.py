@@ -14,7 +14,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -119,7 +119,10 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         import importlib.metadata
 
-        print(f"kaf {importlib.metadata.version('napari-kaf')}")
+        try:
+            print(f"kaf {importlib.metadata.version('napari-kaf')}")
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout
+            print("kaf of a checkout that is not installed")
         raise typer.Exit
 
 
@@ -211,7 +214,10 @@ def pretrain(
     )
     out = Output()
     result = _train(out, work, output)
-    _say_what_was_trained(out, output, result.checkpoint.history[-1], cache.notice)
+    record = result.checkpoint.history[-1]
+    _say_what_was_trained(out, output, record, result.curve)
+    out.line(f"trained on {record['num_slices']} slices of {record['num_volumes']} of {len(volumes)} volumes")
+    _say_notice(out, cache.notice)
     out.line(f"next: kaf finetune --images DIR --labels DIR --start {output} -o model.safetensors")
 
 
@@ -219,7 +225,8 @@ def pretrain(
 def finetune(
     images: Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of volumes.")],
     labels: Annotated[
-        Path, typer.Option("--labels", metavar="DIR", help="Folder of label maps with the names of their volumes.")
+        Path,
+        typer.Option("--labels", metavar="DIR", help="Folder of label maps with the names of their volumes."),
     ],
     output: OutputFile,
     cases: Annotated[
@@ -245,7 +252,9 @@ def finetune(
     ] = None,
     empty: Annotated[
         list[str] | None,
-        typer.Option("--empty", metavar="NAME:0,1", help="Slices on which nothing is to be found. Repeatable."),
+        typer.Option(
+            "--empty", metavar="NAME:0,1", help="Slices on which nothing is to be found. Repeatable."
+        ),
     ] = None,
     classes: Annotated[
         str | None,
@@ -346,7 +355,8 @@ def finetune(
         cache=cache,
     )
     result = _train(out, work, output)
-    _say_what_was_trained(out, output, result.model.history[-1], cache.notice)
+    _say_what_was_trained(out, output, result.model.history[-1], result.curve)
+    _say_notice(out, cache.notice)
     out.line(f"next: kaf segment VOLUME_OR_DIR --model {output} -o OUT")
 
 
@@ -359,7 +369,10 @@ def segment(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="OUT", help="File NAME.nii.gz for one volume, or a folder: OUT/NAME.nii.gz."
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="File NAME.nii.gz for one volume, or a folder: OUT/NAME.nii.gz.",
         ),
     ],
     probabilities: Annotated[
@@ -423,7 +436,9 @@ def segment(
 @app.command()
 def evaluate(
     predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Label map or folder of them.")],
-    references: Annotated[Path, typer.Argument(metavar="REFERENCES", help="The true ones, of the same names.")],
+    references: Annotated[
+        Path, typer.Argument(metavar="REFERENCES", help="The true ones, of the same names.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="CSV with a line per volume and class."),
@@ -486,7 +501,9 @@ def info(
 
 @app.command("import")
 def import_weights(
-    file: Annotated[Path, typer.Argument(metavar="FILE.pth", help="Weights of the published implementation.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.pth", help="Weights of the published implementation.")
+    ],
     output: OutputFile,
 ) -> None:
     """Convert weights of the published implementation into a checkpoint."""
@@ -497,7 +514,9 @@ def import_weights(
     RunFiles(output).check(resume=False)
     checkpoint = import_published(file)
     save_checkpoint(output, checkpoint)
-    Output().line(f"wrote {output}: {checkpoint.kind}, {len(checkpoint.weights)} tensors; see kaf info {output}")
+    Output().line(
+        f"wrote {output}: {checkpoint.kind}, {len(checkpoint.weights)} tensors; see kaf info {output}"
+    )
 
 
 @app.command()
@@ -533,13 +552,15 @@ def _train(out: Output, work: Generator[Progress, None, Result], path: Path) -> 
             torch.distributed.destroy_process_group()
 
 
-def _say_what_was_trained(out: Output, path: Path, record: Any, notice: str | None) -> None:
+def _say_what_was_trained(
+    out: Output, path: Path, record: Mapping[str, Any], curve: Sequence[Mapping[str, float]]
+) -> None:
     took = duration_text(record["seconds"])
     out.line(f"wrote {path}: {record['steps']} steps in {took} on {record['device']}")
-    out.line(f"last losses: {losses_text(record['losses'])}")
+    losses = {name: value for name, value in curve[-1].items() if name not in ("step", "held-out dice")}
+    out.line(f"last losses: {losses_text(losses)}")
     if record.get("held_out_dice") is not None:
-        out.line(f"Dice on held-out slices: {record['held_out_dice']:.3f}")
-    _say_notice(out, notice)
+        out.line(f"best Dice on held-out slices: {record['held_out_dice']:.3f}")
 
 
 def _say_notice(out: Output, notice: str | None) -> None:

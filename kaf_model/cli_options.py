@@ -97,9 +97,7 @@ Precision = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option(
-        "--device", metavar="auto|cpu|cuda|mps", help="Where to compute.", rich_help_panel=_RUNNING
-    ),
+    typer.Option("--device", metavar="auto|cpu|cuda|mps", help="Where to compute.", rich_help_panel=_RUNNING),
 ]
 Frame = Annotated[
     int | None,
@@ -115,9 +113,7 @@ SliceAxis = Annotated[
 ]
 FillNan = Annotated[
     float | None,
-    typer.Option(
-        "--fill-nan", help="Value for voxels that are NaN or infinite.", rich_help_panel=_READING
-    ),
+    typer.Option("--fill-nan", help="Value for voxels that are NaN or infinite.", rich_help_panel=_READING),
 ]
 
 

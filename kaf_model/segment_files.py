@@ -18,7 +18,15 @@ from kaf_model.evaluate import LABEL_NAMES
 from kaf_model.keypoints import KeypointCache
 from kaf_model.progress import Progress
 from kaf_model.segment import Segmentation, segment
-from kaf_model.volume import Volume, find_volumes, read_volume, same_grid, volume_name, write_labels, write_maps
+from kaf_model.volume import (
+    Volume,
+    find_volumes,
+    read_volume,
+    same_grid,
+    volume_name,
+    write_labels,
+    write_maps,
+)
 from kaf_model.volume_files import format_of
 
 _ENDING = ".nii.gz"
@@ -127,7 +135,11 @@ def segment_files(
             yield Progress("segmenting", number + 1, len(planned), message=f"passed over: {error}")
             continue
         written.append(plan.labels)
-        grid = f"NOT on the grid of the source: {'; '.join(differences)}" if differences else "same grid as source"
+        grid = (
+            f"NOT on the grid of the source: {'; '.join(differences)}"
+            if differences
+            else "same grid as source"
+        )
         message = f"{plan.labels}: {volumes_ml(result.labels, volume, model.classes)}; {grid}"
         for notice in volume.notices:
             message += f"\n  {notice}"
@@ -136,7 +148,11 @@ def segment_files(
         else:
             yield Progress("segmenting", number + 1, len(planned), message=message)
     if not written:
-        raise UserError(f"{failed[0]}" if len(failed) == 1 else f"none of {len(failed)} volumes could be read: {failed[0]}")
+        raise UserError(
+            f"{failed[0]}"
+            if len(failed) == 1
+            else f"none of {len(failed)} volumes could be read: {failed[0]}"
+        )
     return SegmentedFiles(tuple(written), tuple(failed))
 
 
