@@ -214,6 +214,8 @@ class Trainer:
                 raise
             self.state.step += 1
             self.state.seconds += time.monotonic() - started
+            if self.config.time_budget is not None and self.fabric.world_size > 1:
+                self.state.seconds = self.fabric.broadcast(self.state.seconds)  # all stop at the same step
             self.state.curve.append({"step": self.state.step, **self.state.losses})
             yield self.progress(stage, message)
 
