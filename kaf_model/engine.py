@@ -326,7 +326,7 @@ class Trainer:
             }
             if own:
                 self.optimizer.optimizer.state[parameter] = {
-                    key: value.to(parameter.device) for key, value in own.items()
+                    key: _laid_out_like(value, parameter) for key, value in own.items()
                 }
         self.state = TrainingState(**header["resume"])
         self.micro_batches = header["micro_batches"]
@@ -335,6 +335,13 @@ class Trainer:
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _laid_out_like(moment: Tensor, parameter: Tensor) -> Tensor:
+    """A moment with the memory layout of its parameter, which fused optimisers take for granted."""
+    if moment.shape != parameter.shape:
+        return moment.to(parameter.device)
+    return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
 
 
 def channels_last(module: nn.Module) -> None:
