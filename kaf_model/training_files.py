@@ -41,7 +41,7 @@ class RunFiles:
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # several processes may try at once
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.output.parent}: {error.strerror}; choose another place"
