@@ -240,8 +240,7 @@ class Trainer:
                 if not is_out_of_memory(error):
                     raise
                 message = self._split_batch(error)
-        if self.config.gradient_clip is not None:
-            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=self.config.gradient_clip)
+        self._clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.losses = losses
@@ -263,6 +262,20 @@ class Trainer:
                         )
                 self.fabric.backward(losses["total"] / len(batches))
         return {"total": sums.pop("total"), **sums}
+
+    def _clip_gradients(self) -> None:
+        norm = self.fabric.clip_gradients(
+            self.module,
+            self.optimizer,
+            max_norm=math.inf if self.config.gradient_clip is None else self.config.gradient_clip,
+            error_if_nonfinite=False,
+        )
+        if norm is not None and not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteLoss(
+                f"the gradient is not finite at step {self.state.step + 1}, though the losses are; training stopped "
+                "with the weights before it. Try a lower learning rate, or precision float32"
+            )
 
     def _split_batch(self, error: RuntimeError) -> str:
         self.optimizer.zero_grad(set_to_none=True)
