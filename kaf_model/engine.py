@@ -213,7 +213,7 @@ class Trainer:
                     buffer.copy_(before)  # the forward pass has spoilt the running statistics
                 raise
             self.state.step += 1
-            self.state.seconds += time.monotonic() - started
+            self.state.seconds += self._shared(time.monotonic() - started)
             if self.config.time_budget is not None and self.fabric.world_size > 1:
                 self.state.seconds = self.fabric.broadcast(self.state.seconds)  # all stop at the same step
             self.state.curve.append({"step": self.state.step, **self.state.losses})
@@ -226,6 +226,10 @@ class Trainer:
         if self.config.time_budget and self.fraction:
             total = max(self.state.step, round(self.state.step / self.fraction))
         return Progress(stage, self.state.step, total, dict(self.state.losses), eta, message)
+
+    def _shared(self, seconds: float) -> float:
+        """The first process's clock, so that all learn at one rate and end at one step."""
+        return seconds if self.fabric.world_size == 1 else float(self.fabric.broadcast(seconds))
 
     def _step(self, batch_at: Callable[[int, int], list[Any]]) -> str:
         factor = learning_rate_factor(self.config, self.fraction)
