@@ -124,7 +124,9 @@ def test_only_labelled_slices_are_prepared():
     assert len(volumes[0]) == len(labelled) == 2
     assert volumes[0].positions.tolist() == pytest.approx([0.2, 0.8])
     assert np.array_equal(labelled[0].labels, heart.labels[1])
-    assert np.array_equal(labelled[1].labels, np.where(heart.labels[4] == 0, IGNORED, heart.labels[4].astype(int)))
+    assert np.array_equal(
+        labelled[1].labels, np.where(heart.labels[4] == 0, IGNORED, heart.labels[4].astype(int))
+    )
 
 
 def test_slices_beyond_the_limit_lie_in_files(tmp_path, monkeypatch):
