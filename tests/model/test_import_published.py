@@ -109,7 +109,7 @@ def test_pretraining_heads_and_matcher(pretraining, tmp_path):
     expected = log_optimal_transport(
         scores, pretraining.superglue.bin_score, everything, everything, iterations=100
     )
-    assert torch.allclose(matches.log_assignment, expected, atol=1e-4)
+    assert torch.allclose(matches.log_assignment, expected, atol=1e-3)
 
 
 @torch.no_grad()
