@@ -412,7 +412,7 @@ def test_parts_of_a_batch_give_its_gradient(monkeypatch):
 def test_finetuning_learns_its_slices():
     config = SMALL.override(start_channels=6, kaf_levels=(1, 4))
     unmoved = AugmentConfig.preset("none", crop=(48, 64))
-    training = FinetuneConfig(steps=80, batch_size=2, learning_rate=1e-2, augment=unmoved, averaging=0.9)
+    training = FinetuneConfig(steps=60, batch_size=2, learning_rate=1e-2, augment=unmoved, averaging=0.9)
     case = labelled(0, {1: COMPLETE, 2: COMPLETE})
     _, result = run_finetune(training, cases=[case], config=config)
     losses = [entry["total"] for entry in result.curve]
@@ -760,7 +760,7 @@ def test_processes_must_share_a_batch_evenly():
         run_pretrain(fabric=fabric)
 
 
-JOINT = {"optimizer": "sgd", "batch_size": 4, "steps": 3, "learning_rate": 0.01}
+JOINT = {"optimizer": "sgd", "batch_size": 4, "steps": 2, "learning_rate": 0.01}
 
 
 def both_trainings(**options):
@@ -783,7 +783,7 @@ def work(rank, folder, port):
     # The clock of one runs three times as fast: all the same both end at one step.
     clock = engine.time.monotonic
     engine.time.monotonic = lambda: clock() * (1 + 2 * rank)
-    _, timed = run_finetune(FINETUNE.override(steps=None, time_budget=0.4, batch_size=4))
+    _, timed = run_finetune(FINETUNE.override(steps=None, time_budget=0.2, batch_size=4))
     torch.save(len(timed.curve), folder / f"steps{rank}.pt")
     torch.distributed.destroy_process_group()
 
