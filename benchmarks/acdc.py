@@ -142,7 +142,8 @@ def main() -> None:
     record = pretrained.checkpoint.history[-1]
     print(
         f"\n{len(test)} volumes of patients {TEST}; finetuned on patients {train} ({len(cases)} volumes), "
-        f"seed {options.seed}; pretrained on {len(unseen)} volumes, {record['steps']} steps in {record['seconds']:.0f} s\n"
+        f"seed {options.seed}; pretrained on {len(unseen)} volumes, "
+        f"{record['steps']} steps in {record['seconds']:.0f} s\n"
     )
     print("| | Dice, mean (std) over volumes | " + " | ".join(CLASSES.values()) + " | steps of finetuning |")
     print("|---|---|---|---|---|---|")
