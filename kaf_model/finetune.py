@@ -161,6 +161,7 @@ def finetune(
         "training": training.model_dump(mode="json", exclude={"checkpoint_every"}),
         "model": config.model_dump(mode="json"),
         "slices": slices.model_dump(mode="json"),
+        "keypoints": keypoints.model_dump(mode="json"),
         "classes": [label.value for label in classes.classes],
         "labelled": names,
         "start": origin.history[-1].get("date") if origin and origin.history else None,

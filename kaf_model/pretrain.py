@@ -157,6 +157,10 @@ def pretrain(
     files = RunFiles(output)
     files.check(resume)
     fabric = fabric or make_fabric(device)
+    if training.batch_size % fabric.world_size:
+        raise UserError(
+            f"batch_size {training.batch_size} must divide by the {fabric.world_size} processes that share it"
+        )
     prepared = yield from prepare_volumes(volumes, slices, keypoints, cache=cache)
     pairs = PretrainingPairs(
         prepared,
@@ -179,6 +183,7 @@ def pretrain(
         "training": training.model_dump(mode="json", exclude={"checkpoint_every"}),
         "model": config.model_dump(mode="json"),
         "slices": slices.model_dump(mode="json"),
+        "keypoints": keypoints.model_dump(mode="json"),
         "volumes": [volume.name for volume in prepared],
     }
     if resume:
