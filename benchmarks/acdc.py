@@ -47,7 +47,8 @@ class Score:
         """One line of the table."""
         per_volume = np.nanmean(self.dice, axis=1)
         classes = " | ".join(f"{value:.3f}" for value in np.nanmean(self.dice, axis=0))
-        return f"| {name} | {per_volume.mean():.3f} ({per_volume.std():.3f}) | {classes} | {self.steps} in {self.seconds:.0f} s |"
+        mean = f"{per_volume.mean():.3f} ({per_volume.std():.3f})"
+        return f"| {name} | {mean} | {classes} | {self.steps} in {self.seconds:.0f} s |"
 
 
 def patient(path: Path) -> int:

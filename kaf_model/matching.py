@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kaf_model.attention import AttentionBlock, PackedKeypoints, PositionEncoder
+from kaf_model.precision import full_precision
 
 _ABSENT = -1e9
 
@@ -188,7 +189,8 @@ class Matcher(nn.Module):
             # Both directions in one call: every slice attends to its partner as it was before the call.
             features = cross_block(features, keypoints, partners.rows(features), partners.keypoints)
         padded = keypoints.pad(self.projection(features)).float()  # (2 P, N, E)
-        scores = padded[:pairs] @ padded[pairs:].transpose(1, 2) / padded.shape[-1] ** 0.5
+        with full_precision(padded.device):
+            scores = padded[:pairs] @ padded[pairs:].transpose(1, 2) / padded.shape[-1] ** 0.5
         valid0, valid1 = keypoints.valid[:pairs], keypoints.valid[pairs:]
         return Matches(
             log_optimal_transport(scores, self.bin_score, valid0, valid1, iterations=self.iterations),

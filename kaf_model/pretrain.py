@@ -127,8 +127,8 @@ def pretrain(
 ) -> Generator[Progress, None, PretrainResult]:
     """Pretrain an encoder on unlabelled volumes.
 
-    Can be closed at any yield: with `output`, a usable checkpoint and what is needed to resume are then
-    written.
+    Can be closed at any yield: with `output`, once a step is done, a usable checkpoint and what is needed to
+    resume are then written.
 
     Args:
         config: Architecture.

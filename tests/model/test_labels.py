@@ -48,14 +48,10 @@ def test_classes_are_those_of_the_marked_slices():
     classes = ClassMap.of_labels(cases)
     assert classes.values.tolist() == [0, 3, 7, 200]
     assert [label.name for label in classes.classes] == ["background", "class 3", "class 7", "class 200"]
-    named = ClassMap.of_labels(cases, {7: "aorta", 0: "air", 12: "vein"})
-    assert named.classes == (
-        ClassLabel(0, "air"),
-        ClassLabel(3, "class 3"),
-        ClassLabel(7, "aorta"),
-        ClassLabel(12, "vein"),  # named, so kept although nobody painted it
-        ClassLabel(200, "class 200"),
-    )
+    names = {200: "skin", 3: "bone", 7: "aorta", 0: "air", 12: "vein"}
+    named = ClassMap.of_labels(cases, names)
+    assert {label.value: label.name for label in named.classes} == names  # the vein too, that nobody painted
+    assert named.values.tolist() == [0, 3, 7, 12, 200]
     assert len(named) == 5
 
 
@@ -90,7 +86,6 @@ def test_what_cannot_teach_a_distinction_is_refused():
     only_aorta = unknown.copy()
     only_aorta[0, 0] = 1
     for labels, message in [
-        ([], "no slice is marked as labelled"),
         ([unknown], "nothing is painted"),
         ([np.zeros((3, 5), int), unknown], "show only background"),
         ([only_aorta], "only 'aorta' is labelled and no background"),
@@ -98,3 +93,18 @@ def test_what_cannot_teach_a_distinction_is_refused():
         with pytest.raises(UserError, match=message):
             check_learnable(labels, classes)
     check_learnable([only_aorta, np.zeros((3, 5), int)], classes)
+
+
+def test_no_slice_is_marked():
+    with pytest.raises(UserError, match="no slice is marked as labelled"):
+        ClassMap.of_labels([LabelledVolume(VOLUME, painted(z1=1), {})])
+
+
+def test_named_classes_are_all_there_are():
+    case = LabelledVolume(VOLUME, painted(z1=7), {1: COMPLETE})
+    classes = ClassMap.of_labels([case], {0: "background", 1: "heart", 2: "lung"})
+    assert [label.name for label in classes.classes] == ["background", "heart", "lung"]
+    with pytest.raises(
+        UserError, match=r"slice 1 has label 7, which is no class; .* 1 \(heart\), 2 \(lung\)"
+    ):
+        classes.channels(case.labels[1], COMPLETE, "slice 1")
