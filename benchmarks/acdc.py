@@ -1,6 +1,6 @@
 """Few labels on ACDC: pretrained against random start against the plain UNet, on patients never seen.
 
-    python benchmarks/acdc.py --data ../shared/data/acdc [--train 12,76] [--seconds 270] [--pretrain-seconds 420]
+    python benchmarks/acdc.py --data ../shared/data/acdc [--train 12,76] [--seconds 220] [--pretrain-seconds 330]
 
 Patients with an even number only, as far as labels go: eight are tested (16 volumes), two of the others
 are finetuned on. Pretraining sees the images of all 32 patients that are not tested, never a label.
@@ -111,8 +111,8 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=Path("../shared/data/acdc"))
     parser.add_argument("--train", default="12,76", help="two even patient numbers that are not tested")
-    parser.add_argument("--seconds", type=float, default=270, help="of each finetuning")
-    parser.add_argument("--pretrain-seconds", type=float, default=420)
+    parser.add_argument("--seconds", type=float, default=220, help="of each finetuning")
+    parser.add_argument("--pretrain-seconds", type=float, default=330)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     train = [int(number) for number in options.train.split(",")]

@@ -94,6 +94,11 @@ class ModelConfig(Settings):
     heads: int = Field(4, gt=0, description="Heads of each attention block.")
     attention_blocks: int = Field(4, ge=0, description="Self-attention blocks in each KAF layer.")
     diffusion_channels: int = Field(64, gt=0, description="Channels between the two diffusion convolutions.")
+    decoder: Literal["wide", "narrow"] = Field(
+        "wide",
+        description="Channels of the centre and the decoder: those of the encoder's maps with their KAF maps, as "
+        "published, or those without, which is half the work.",
+    )
     position_reference: float | None = Field(
         None,
         gt=0,
@@ -391,7 +396,7 @@ _PUBLISHED_FINETUNE = {
 
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
-        "model": {"position_reference": 128.0},
+        "model": {"position_reference": 128.0, "decoder": "narrow"},
         # A slice's place along the body shows only in a wide view: small crops taught nothing.
         "pretrain": {
             "batch_size": 12,
@@ -407,6 +412,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "kaf_levels": (2, 3, 4),
             "embedding_width": 128,
             "attention_blocks": 6,
+            "decoder": "narrow",
             "position_reference": 192.0,
         },
         "pretrain": {"batch_size": 32, "steps": 10_000, "augment": {"crop": (192, 192)}},

@@ -59,6 +59,8 @@ class Encoder(nn.Module):
         self.duplicate = config.architecture == "unet-c2"
         self.blocks = nn.ModuleList()
         self.kaf_layers = nn.ModuleDict()
+        self.decoder_widths: list[int] = []
+        """Channels of each level of the decoder."""
         channels_in = 1
         for level in range(NUM_LEVELS):
             channels = config.start_channels * 2**level
@@ -76,7 +78,8 @@ class Encoder(nn.Module):
                 )
             channels_in = 2 * channels if has_kaf or self.duplicate else channels
             self.widths.append(channels_in)
-        self.bottleneck_width = 2 * channels_in
+            self.decoder_widths.append(channels_in if config.decoder == "wide" else channels)
+        self.bottleneck_width = 2 * self.decoder_widths[-1]
         self.pool = nn.MaxPool2d(2)
         self.centre = nn.Sequential(
             nn.Conv2d(channels_in, self.bottleneck_width, 3, padding=1),
@@ -117,14 +120,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Four blocks of upsampling, concatenation with the encoder's map, and two convolutions."""
 
-    def __init__(self, widths: list[int], bottleneck_width: int) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.upsample = nn.ModuleList()
         self.blocks = nn.ModuleList()
-        channels_in = bottleneck_width
-        for channels in reversed(widths):
+        channels_in = encoder.bottleneck_width
+        for skip, channels in zip(reversed(encoder.widths), reversed(encoder.decoder_widths), strict=True):
             self.upsample.append(nn.ConvTranspose2d(channels_in, channels, 2, stride=2))
-            self.blocks.append(_convolution_block(2 * channels, channels))
+            self.blocks.append(_convolution_block(channels + skip, channels))
             channels_in = channels
 
     def forward(self, encoded: EncoderOutput) -> Tensor:
@@ -142,8 +145,8 @@ class SegmentationNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(self.encoder.widths, self.encoder.bottleneck_width)
-        self.head = nn.Conv2d(self.encoder.widths[0], config.num_classes, 1, bias=False)
+        self.decoder = Decoder(self.encoder)
+        self.head = nn.Conv2d(self.encoder.decoder_widths[0], config.num_classes, 1, bias=False)
 
     def forward(self, images: Tensor, keypoints: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         """Segment slices.

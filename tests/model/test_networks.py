@@ -232,3 +232,15 @@ def test_wrong_shapes_are_named(network):
     for inputs, message in wrong:
         with pytest.raises(ValueError, match=message):
             network(*inputs)
+
+
+def test_a_narrow_decoder_reads_the_same_encoder():
+    wide, narrow = (
+        build_network(ModelConfig.preset("small", num_classes=4, decoder=kind)).eval()
+        for kind in ("wide", "narrow")
+    )
+    assert wide.encoder.widths == narrow.encoder.widths == [16, 32, 128, 256]
+    assert narrow.encoder.decoder_widths == [16, 32, 64, 128]
+    assert sum(p.numel() for p in narrow.parameters()) < 0.5 * sum(p.numel() for p in wide.parameters())
+    images, keypoints = torch.randn(1, 1, 48, 64), torch.rand(1, 7, 2) * 40
+    assert narrow(images, keypoints).shape == wide(images, keypoints).shape == (1, 4, 48, 64)
