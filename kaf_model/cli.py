@@ -158,8 +158,8 @@ OutputFile = Annotated[
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("demo-output"),
     time_budget: Annotated[
-        str, typer.Option("--time-budget", metavar="90s|10m|2h", help="Time for the three trainings.")
-    ] = "3m",
+        str, typer.Option("--time-budget", metavar="90s|10m|2h", help="Time until both models are trained.")
+    ] = "210s",
     seed: Annotated[int, typer.Option("--seed", help="Seed of weights and sampling.")] = 0,
     device: options.Device = "auto",
 ) -> None:
