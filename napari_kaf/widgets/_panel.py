@@ -1,0 +1,121 @@
+"""What all panels share: scrolling, answering mistakes with a notification, and ending cleanly."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
+
+from napari.utils.notifications import show_error, show_info, show_warning
+from qtpy.QtCore import QEvent, Qt
+from qtpy.QtWidgets import QFrame, QLabel, QScrollArea, QSizePolicy, QVBoxLayout, QWidget
+
+from kaf_model.errors import UserError
+from napari_kaf._jobs import Job
+from napari_kaf._pulse import keep_polling
+from napari_kaf._session import Session, session_for
+
+P = ParamSpec("P")
+
+
+def answering(method: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Any, P], None]:
+    """Let a slot answer a mistake with a notification."""
+
+    @functools.wraps(method)
+    def slot(self: Any, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except UserError as error:
+            show_error(str(error))
+
+    return slot
+
+
+class Life:
+    """What has to end when a panel closes: its job and what it listens to."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.job: Job | None = None
+        self._heard: list[tuple[Any, Callable[..., Any]]] = []
+        self._last: list[Callable[[], None]] = []
+
+    def listen(self, signal: Any, slot: Callable[..., Any]) -> None:
+        """Connect a signal of the session or an event of napari, until the end."""
+        signal.connect(slot)
+        self._heard.append((signal, slot))
+
+    def at_end(self, action: Callable[[], None]) -> None:
+        """Do something when the panel closes."""
+        self._last.append(action)
+
+    def end(self) -> None:
+        """End everything; a second call does nothing."""
+        for signal, slot in self._heard:
+            signal.disconnect(slot)
+        self._heard = []
+        for action in self._last:
+            action()
+        self._last = []
+        if self.job is not None:
+            self.job.abandon()
+            self.job = None
+            self.session.set_busy("")
+        self.session.flush()
+
+
+class Panel(QScrollArea):
+    """A panel that scrolls, with its sections from top to bottom.
+
+    Args:
+        napari_viewer: The viewer, or a plugin's proxy of it.
+    """
+
+    def __init__(self, napari_viewer: Any) -> None:
+        super().__init__()
+        self.session = session_for(napari_viewer)
+        keep_polling(self.session)
+        self.life = Life(self.session)
+        self.destroyed.connect(self.life.end)
+        self.life.listen(self.session.told, show_info)
+        self.life.listen(self.session.warned, show_warning)
+        self._docked = False
+        self.setWidgetResizable(True)
+        self.setFrameShape(QFrame.Shape.NoFrame)
+        self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        content = QWidget()
+        self.column = QVBoxLayout(content)
+        self.column.setContentsMargins(6, 4, 6, 6)
+        self.column.setSpacing(6)
+        self.setWidget(content)
+        self.setMinimumWidth(340)
+
+    def event(self, event: QEvent | None) -> bool:
+        """End when the dock that holds the panel lets it go."""
+        if event is not None and event.type() == QEvent.Type.ParentChange:
+            if self.parent() is not None:
+                self._docked = True
+            elif self._docked:
+                self.life.end()
+        return bool(super().event(event))
+
+    def closeEvent(self, event: Any) -> None:
+        """End when the panel itself is closed."""
+        self.life.end()
+        super().closeEvent(event)
+
+
+def heading(text: str) -> QLabel:
+    """A section's title."""
+    label = QLabel(f"<b>{text}</b>")
+    label.setContentsMargins(0, 6, 0, 0)
+    return label
+
+
+def words(text: str = "") -> QLabel:
+    """Text that wraps, and takes no more width than there is."""
+    label = QLabel(text)
+    label.setWordWrap(True)
+    label.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Preferred)
+    label.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+    return label
