@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from qtpy.QtCore import Qt
-from qtpy.QtGui import QColor
+from qtpy.QtGui import QColor, QIcon, QPixmap
 from qtpy.QtWidgets import (
     QAbstractItemView,
     QColorDialog,
@@ -114,7 +114,7 @@ class LabelsSection(QWidget):
         table.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
         table.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
         table.setTabKeyNavigation(False)
-        table.setFixedHeight(128)
+        table.setFixedHeight(112)
         table.setAccessibleName("Classes")
         table.setToolTip(
             "Select a class to paint it; double-click its name to rename it, its colour to change it"
@@ -126,8 +126,9 @@ class LabelsSection(QWidget):
         self.table.setRowCount(len(self.session.classes))
         selected = self.session.labels.selected_label if self.session.labels is not None else 0
         for row, entry in enumerate(self.session.classes):
-            color = QTableWidgetItem()
-            color.setBackground(QColor.fromRgbF(*entry.color))
+            swatch = QPixmap(16, 16)
+            swatch.fill(QColor.fromRgbF(*entry.color))
+            color = QTableWidgetItem(QIcon(swatch), "")
             color.setFlags(Qt.ItemFlag.ItemIsEnabled | Qt.ItemFlag.ItemIsSelectable)
             value = QTableWidgetItem(str(entry.value))
             value.setFlags(Qt.ItemFlag.ItemIsEnabled | Qt.ItemFlag.ItemIsSelectable)

@@ -1,0 +1,2 @@
+from napari_kaf.widgets._panel import Panel
+class PretrainWidget(Panel): pass
