@@ -61,11 +61,11 @@ class SpatialTransform:
     ) -> SpatialTransform:
         """Draw the map of each slice of a batch.
 
-        A slice is moved with chance `config.spatial_probability`; otherwise it is only cropped, on whole
-        pixels. The crop lies uniformly where, magnified, it stays within the slice (rotation and elastic
-        displacement may still carry its corners out); along an axis where the slice is too small it is
-        centred. A displacement that would squeeze the grid by more than `MAX_COMPRESSION` anywhere is
-        weakened as a whole, so that no map folds.
+        A slice is turned, scaled and deformed with chance `config.spatial_probability`; otherwise it is only
+        cropped, on whole pixels. Mirroring, where it is on, comes on top of either. The crop lies uniformly
+        where, magnified, it stays within the slice (rotation and elastic displacement may still carry its
+        corners out); along an axis where the slice is too small it is centred. A displacement that would
+        squeeze the grid by more than `MAX_COMPRESSION` anywhere is weakened as a whole, so that no map folds.
 
         Args:
             config: Ranges.
@@ -90,7 +90,7 @@ class SpatialTransform:
         moved = draw(0, 1) < config.spatial_probability  # (B,)
         angle = torch.deg2rad(draw(-config.rotation, config.rotation)) * moved
         magnification = torch.where(moved, draw(*config.scale), 1.0)
-        mirrored = (draw(0, 1, 2) < 0.5) & moved[:, None] & config.mirror  # (B, 2)
+        mirrored = (draw(0, 1, 2) < 0.5) & config.mirror  # (B, 2)
         cosine, sine = angle.cos(), angle.sin()
         rotation = torch.stack([cosine, -sine, sine, cosine], dim=-1).view(-1, 2, 2)
         matrix = rotation * torch.where(mirrored, -1.0, 1.0)[:, None] / magnification[:, None, None]

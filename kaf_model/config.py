@@ -143,7 +143,7 @@ class AugmentConfig(Settings):
         0.9,
         ge=0,
         le=1,
-        description="Chance that a slice is rotated, scaled and deformed; else it is only cropped.",
+        description="Chance that a slice is rotated, scaled and deformed; else it is only cropped and mirrored.",
     )
     mirror: bool = Field(False, description="Mirror each axis with chance one half.")
     rotation: float = Field(

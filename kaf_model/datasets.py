@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -92,7 +92,8 @@ def prepare_volumes(
     """Prepare volumes one after the other; what cannot be used is named and passed over.
 
     Args:
-        volumes: Volumes, or paths that are read here, one at a time.
+        volumes: Volumes, or paths that are read here. They are taken one at a time, so that an iterable that
+            reads them when asked keeps only one in memory.
         slices: Preprocessing.
         keypoints: Detection.
         cache: Keypoints found before; None detects all.
@@ -109,20 +110,18 @@ def prepare_volumes(
     """
     store = store or SliceStore()
     detector = make_detector(keypoints)
-    sources = list(volumes)
+    total = len(volumes) if isinstance(volumes, Sized) else None
     prepared: list[PreparedVolume] = []
     passed_over: list[str] = []
-    for number, source in enumerate(sources):
+    for number, source in enumerate(volumes):
         for volume in [source] if isinstance(source, (Volume, Unreadable)) else scan_volumes([source]):
             if isinstance(volume, Unreadable):
                 passed_over.append(f"{volume.path.name}: {volume.reason}")
-                yield Progress(
-                    "preparing", number + 1, len(sources), message=f"passed over {passed_over[-1]}"
-                )
+                yield Progress("preparing", number + 1, total, message=f"passed over {passed_over[-1]}")
                 continue
             slices_done = prepare_slices(volume, slices, detector, store=store, cache=cache)
-            prepared.append((yield from _reported(slices_done, number, len(sources))))
-        yield Progress("preparing", number + 1, len(sources))
+            prepared.append((yield from _reported(slices_done, number, total)))
+        yield Progress("preparing", number + 1, total)
     if not prepared:
         reasons = "; ".join(passed_over[:3]) or "there was none"
         raise UserError(f"no volume can be used: {reasons}")
@@ -130,7 +129,7 @@ def prepare_volumes(
 
 
 def _reported(
-    slices_done: Generator[int, None, PreparedVolume], number: int, total: int
+    slices_done: Generator[int, None, PreparedVolume], number: int, total: int | None
 ) -> Generator[Progress, None, PreparedVolume]:
     """Report once for each batch of slices of volume `number` of `total`."""
     while True:

@@ -214,6 +214,8 @@ class Trainer:
                 raise
             self.state.step += 1
             self.state.seconds += time.monotonic() - started
+            if self.config.time_budget is not None and self.fabric.world_size > 1:
+                self.state.seconds = self.fabric.broadcast(self.state.seconds)  # all stop at the same step
             self.state.curve.append({"step": self.state.step, **self.state.losses})
             yield self.progress(stage, message)
 
@@ -251,8 +253,8 @@ class Trainer:
             last = index == len(batches) - 1
             with self.fabric.no_backward_sync(self.module, enabled=not last):
                 losses: Mapping[str, Tensor] = self.module(batch)
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(batches)
+                for name in sorted(losses, key="total".__eq__):  # its terms first: they are to be named
+                    sums[name] = sums.get(name, 0.0) + float(losses[name].detach()) / len(batches)
                     if not math.isfinite(sums[name]):
                         self.optimizer.zero_grad(set_to_none=True)
                         raise NonFiniteLoss(
@@ -260,7 +262,7 @@ class Trainer:
                             "the weights before it. Try a lower learning rate, or precision float32"
                         )
                 self.fabric.backward(losses["total"] / len(batches))
-        return sums
+        return {"total": sums.pop("total"), **sums}
 
     def _split_batch(self, error: RuntimeError) -> str:
         self.optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kaf_model.matching import Matches
+from kaf_model.normalization import sum_over_ranks
 
 _LARGEST = 100.0
 
@@ -26,7 +27,7 @@ def matching_loss(
         unmatched_weight: Weight of the mean over unmatched keypoints (I and J).
 
     Returns:
-        Scalar mean over the pairs in which both slices have keypoints; 0 if there is none.
+        Scalar mean over the pairs of the joint batch in which both slices have keypoints; 0 if there is none.
     """
     surprise = (-matches.log_assignment).clamp(0.0, _LARGEST)
     matched = (matches0 >= 0) & matches.valid0  # (P, N)
@@ -46,7 +47,8 @@ def matching_loss(
     unmatched_mean = unmatched_sum / (unmatched0.sum(1) + unmatched1.sum(1)).clamp(min=1)
     usable = matches.valid0.any(1) & matches.valid1.any(1)
     per_pair = matched_weight * matched_mean + unmatched_weight * unmatched_mean
-    return _masked_sum(per_pair[None], usable[None])[0] / usable.sum().clamp(min=1)
+    num_usable = sum_over_ranks(usable.sum().float())
+    return sum_over_ranks(_masked_sum(per_pair[None], usable[None])[0]) / num_usable.clamp(min=1)
 
 
 def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:

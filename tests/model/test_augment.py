@@ -301,12 +301,20 @@ def test_magnification_makes_things_larger() -> None:
 
 
 def test_a_chance_of_moving() -> None:
-    config = AugmentConfig(crop=(32, 40), spatial_probability=0.6, mirror=True)
+    config = AugmentConfig(crop=(32, 40), spatial_probability=0.6)
     transform = sample(config, torch.tensor([[48, 64]]).repeat(1000, 1))
     still = (transform.matrix == torch.eye(2)).all(dim=(1, 2))
     assert still.float().mean() == pytest.approx(0.4, abs=0.05)
     assert (transform.displacement[still] == 0).all()
     assert (transform.offset[still] == transform.offset[still].round()).all()
+
+
+def test_slices_that_are_only_cropped_are_mirrored_too() -> None:
+    config = AugmentConfig(crop=(32, 40), spatial_probability=0, mirror=True)
+    matrix = sample(config, torch.tensor([[48, 64]]).repeat(1000, 1)).matrix
+    assert (matrix.abs() == torch.eye(2)).all()
+    mirrored = matrix.diagonal(dim1=1, dim2=2) < 0
+    assert mirrored.float().mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.06)
 
 
 @pytest.mark.parametrize("magnification", [0.75, 1.0, 1.5])

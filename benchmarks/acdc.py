@@ -1,0 +1,152 @@
+"""Few labels on ACDC: pretrained against random start against the plain UNet, on patients never seen.
+
+    python benchmarks/acdc.py --data ../shared/data/acdc [--train 22,62] [--steps 1200] [--pretrain-steps 1500]
+
+Patients with an even number only, as far as labels go: eight are tested (16 volumes), two of the others
+are finetuned on. Pretraining sees the images of all 32 patients that are not tested, never a label.
+Nothing was chosen on the eight. Prints per-volume Dice, the last step of each training, no slice left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from kaf_model.checkpoint import Checkpoint
+from kaf_model.config import FinetuneConfig, ModelConfig, PretrainConfig
+from kaf_model.evaluate import evaluate_volume
+from kaf_model.finetune import finetune
+from kaf_model.keypoints import KeypointCache
+from kaf_model.labels import LabelledVolume, SliceStatus
+from kaf_model.pretrain import pretrain
+from kaf_model.progress import Progress
+from kaf_model.segment import segment_volume
+from kaf_model.volume import read_labels, read_volume
+
+TEST = (6, 16, 26, 36, 46, 56, 66, 86)
+CLASSES = {1: "right ventricle", 2: "myocardium", 3: "left ventricle"}
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Dice of each class, (volumes, classes), and the seconds its training took."""
+
+    dice: np.ndarray
+    seconds: float
+
+    def row(self, name: str) -> str:
+        """One line of the table."""
+        per_volume = np.nanmean(self.dice, axis=1)
+        classes = " | ".join(f"{value:.3f}" for value in np.nanmean(self.dice, axis=0))
+        return (
+            f"| {name} | {per_volume.mean():.3f} ({per_volume.std():.3f}) | {classes} | {self.seconds:.0f} |"
+        )
+
+
+def patient(path: Path) -> int:
+    return int(path.name[len("patient") :].split("_")[0])
+
+
+def finish(work: Generator[Progress, None, Result], name: str) -> Result:
+    """Run long work to its end, with a line now and then."""
+    last = time.monotonic()
+    while True:
+        try:
+            progress = next(work)
+        except StopIteration as done:
+            result: Result = done.value
+            return result
+        if progress.message or time.monotonic() - last > 30:
+            losses = ", ".join(f"{key} {value:.3f}" for key, value in progress.losses.items())
+            print(f"  {name}: {progress.step}/{progress.total} {losses} {progress.message}", flush=True)
+            last = time.monotonic()
+
+
+def labelled(images: Sequence[Path], labels: Path) -> list[LabelledVolume]:
+    cases = []
+    for path in images:
+        volume = read_volume(path)
+        every_slice = dict.fromkeys(range(volume.num_slices), SliceStatus.COMPLETE)
+        cases.append(LabelledVolume(volume, read_labels(labels / path.name, volume), every_slice))
+    return cases
+
+
+def score(
+    cases: Sequence[LabelledVolume],
+    test: Sequence[LabelledVolume],
+    training: FinetuneConfig,
+    model: ModelConfig | None,
+    start: Checkpoint | None,
+    name: str,
+) -> Score:
+    """Train on `cases` and measure Dice on `test`."""
+    cache = KeypointCache()
+    result = finish(finetune(model, cases, training, start=start, class_names=CLASSES, cache=cache), name)
+    dice = []
+    for case in test:
+        predicted = segment_volume(result.model, case.volume)
+        scores = evaluate_volume(
+            predicted,
+            case.labels,
+            spacing=case.volume.spacing,
+            voxel_ml=case.volume.voxel_ml,
+            classes=CLASSES,
+        )
+        dice.append([class_score.dice for class_score in scores])
+    return Score(np.array(dice), result.model.history[-1]["seconds"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/acdc"))
+    parser.add_argument("--train", default="22,62", help="two even patient numbers that are not tested")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--pretrain-steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    train = [int(number) for number in options.train.split(",")]
+    if set(train) & set(TEST) or any(number % 2 for number in train):
+        parser.error(f"--train must be even numbers outside {TEST}, got {train}")
+    started = time.monotonic()
+    images = sorted((options.data / "images").glob("patient*.nii.gz"))
+    if not images:
+        parser.error(f"no patient*.nii.gz under {options.data / 'images'}")
+    labels = options.data / "labels"
+    unseen = [path for path in images if patient(path) not in TEST]
+    cases = labelled([path for path in images if patient(path) in train], labels)
+    test = labelled([path for path in images if patient(path) in TEST], labels)
+
+    model = ModelConfig.preset("small")
+    pretraining = PretrainConfig.preset("small", steps=options.pretrain_steps, seed=options.seed)
+    pretrained = finish(pretrain(model, unseen, pretraining, cache=KeypointCache()), "pretraining")
+    training = FinetuneConfig.preset("small", steps=options.steps, seed=options.seed)
+    scores = {
+        "KAF-UNet, pretrained": score(cases, test, training, None, pretrained.checkpoint, "pretrained"),
+        "KAF-UNet, random start": score(cases, test, training, model, None, "random"),
+        "plain UNet": score(
+            cases, test, training, ModelConfig.preset("small", architecture="unet"), None, "plain UNet"
+        ),
+    }
+    print(
+        f"\n{len(test)} volumes of patients {TEST}; finetuned on patients {train} ({len(cases)} volumes), "
+        f"{options.steps} steps, seed {options.seed}; pretrained on {len(unseen)} volumes, "
+        f"{options.pretrain_steps} steps, {pretrained.checkpoint.history[-1]['seconds']:.0f} s\n"
+    )
+    print("| | Dice, mean (std) over volumes | " + " | ".join(CLASSES.values()) + " | finetuning, s |")
+    print("|---|---|---|---|---|---|")
+    for name, result in scores.items():
+        print(result.row(name))
+    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Segmenting files: volumes in, label maps on the same grid out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaf_model.checkpoint import ClassLabel, Model
+from kaf_model.config import SegmentConfig
+from kaf_model.errors import UserError, VolumeError
+from kaf_model.evaluate import LABEL_NAMES
+from kaf_model.keypoints import KeypointCache
+from kaf_model.progress import Progress
+from kaf_model.segment import Segmentation, segment
+from kaf_model.volume import (
+    Volume,
+    find_volumes,
+    read_volume,
+    same_grid,
+    volume_name,
+    write_labels,
+    write_maps,
+)
+from kaf_model.volume_files import format_of
+
+_ENDING = ".nii.gz"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A volume and where its label map goes."""
+
+    volume: Path
+    labels: Path
+
+    def map_path(self, kind: str) -> Path:
+        """Where its probabilities or its uncertainty go: beside the labels."""
+        ending = format_of(self.labels)[1]
+        return self.labels.with_name(f"{volume_name(self.labels)}_{kind}{ending}")
+
+
+@dataclass(frozen=True)
+class SegmentedFiles:
+    """What came of it.
+
+    Attributes:
+        written: Label maps.
+        failed: A line for each volume that was passed over.
+    """
+
+    written: tuple[Path, ...]
+    failed: tuple[str, ...]
+
+
+def plan_outputs(source: Path, output: Path) -> list[Planned]:
+    """Decide which volumes are segmented into which files.
+
+    An output that ends in .nii or .nii.gz is the file of a single volume; else it is a folder.
+
+    Raises:
+        UserError: If there is no volume, one file is to hold several, or a volume would be overwritten.
+    """
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder; check the path")
+    volumes = find_volumes([source])
+    if not volumes:
+        raise UserError(f"there is no volume in {source}; expected NIfTI, NRRD, MetaImage or DICOM")
+    if format_of(output)[0] == "nifti" and not output.is_dir():
+        if len(volumes) > 1:
+            raise UserError(
+                f"{source} holds {len(volumes)} volumes, {output.name} can hold one; give a folder as output"
+            )
+        planned = [Planned(volumes[0], output)]
+    elif format_of(output)[0] or output.is_file():
+        raise UserError(f"{output.name}: label maps are written as .nii.gz or .nii, or into a folder")
+    else:
+        planned = [Planned(volume, output / f"{volume_name(volume)}{_ENDING}") for volume in volumes]
+    inputs = {volume.resolve() for volume in volumes}
+    targets: dict[Path, Path] = {}
+    for plan in planned:
+        for path in (plan.labels, plan.map_path("probabilities"), plan.map_path("uncertainty")):
+            if path.resolve() in inputs:
+                raise UserError(f"{path} is an input and would be overwritten; give another output")
+        other = targets.setdefault(plan.labels, plan.volume)
+        if other is not plan.volume:
+            raise UserError(f"{other} and {plan.volume} would both be segmented into {plan.labels}")
+    return planned
+
+
+def segment_files(
+    model: Model,
+    planned: Sequence[Planned],
+    config: SegmentConfig | None = None,
+    *,
+    cache: KeypointCache | None = None,
+    **reading: Any,
+) -> Generator[Progress, None, SegmentedFiles]:
+    """Segment volumes one after the other; what cannot be read or written is named and passed over.
+
+    Args:
+        model: A trained model.
+        planned: Volumes and outputs, as `plan_outputs` pairs them.
+        config: What to write and how.
+        cache: Keypoints found before.
+        **reading: As for `read_volume`.
+
+    Yields:
+        Progress in volumes, or in slices of a single one; a message about each volume that is done.
+
+    Returns:
+        What was written and what was not.
+
+    Raises:
+        UserError: If the output cannot be written, or no volume could be segmented.
+    """
+    config = config or SegmentConfig()
+    for folder in dict.fromkeys(plan.labels.parent for plan in planned):
+        _check_writable(folder)
+    written: list[Path] = []
+    failed: list[str] = []
+    for number, plan in enumerate(planned):
+        try:
+            volume = read_volume(plan.volume, **reading)
+            work = segment(model, volume, config, cache=cache)
+            result = yield from _counted(work, number, len(planned))
+            differences = _write(plan, volume, result)
+        except VolumeError as error:
+            failed.append(str(error))
+            yield Progress("segmenting", number + 1, len(planned), message=f"passed over: {error}")
+            continue
+        written.append(plan.labels)
+        grid = (
+            f"NOT on the grid of the source: {'; '.join(differences)}"
+            if differences
+            else "same grid as source"
+        )
+        message = f"{plan.labels}: {volumes_ml(result.labels, volume, model.classes)}; {grid}"
+        for notice in volume.notices:
+            message += f"\n  {notice}"
+        if len(planned) == 1:
+            yield Progress("segmenting", volume.num_slices, volume.num_slices, message=message)
+        else:
+            yield Progress("segmenting", number + 1, len(planned), message=message)
+    if not written:
+        raise UserError(
+            f"{failed[0]}"
+            if len(failed) == 1
+            else f"none of {len(failed)} volumes could be read: {failed[0]}"
+        )
+    return SegmentedFiles(tuple(written), tuple(failed))
+
+
+def write_class_names(folder: Path, classes: Sequence[ClassLabel]) -> Path:
+    """Write the names of the label values beside label maps."""
+    path = folder / LABEL_NAMES
+    try:
+        names = {str(label.value): label.name for label in classes}
+        path.write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
+    return path
+
+
+def volumes_ml(labels: NDArray[np.integer], volume: Volume, classes: Sequence[ClassLabel]) -> str:
+    """Say in words how large each class is."""
+    sizes = [np.count_nonzero(labels == label.value) * volume.voxel_ml for label in classes[1:]]
+    named = zip(classes[1:], sizes, strict=True)
+    return ", ".join(f"{label.name} {_ml(size)} ml" for label, size in named)
+
+
+def _ml(size: float) -> str:
+    return f"{size:.1f}" if size >= 1 or not size else f"{size:.3g}"
+
+
+def _write(plan: Planned, volume: Volume, result: Segmentation) -> list[str]:
+    write_labels(plan.labels, result.labels, like=volume)
+    differences = same_grid(plan.labels, like=volume)
+    for kind, maps in (("probabilities", result.probabilities), ("uncertainty", result.uncertainty)):
+        if maps is not None:
+            write_maps(plan.map_path(kind), maps, like=volume)
+            differences += same_grid(plan.map_path(kind), like=volume)
+    return differences
+
+
+def _counted(
+    work: Generator[Progress, None, Segmentation], number: int, total: int
+) -> Generator[Progress, None, Segmentation]:
+    """Report slices of a single volume, or that volume `number` of `total` is under way."""
+    while True:
+        try:
+            progress = next(work)
+        except StopIteration as done:
+            result: Segmentation = done.value
+            return result
+        if total > 1:
+            yield Progress("segmenting", number, total)
+        elif progress.step != progress.total:  # the last report comes once the file is written
+            yield progress
+
+
+def _check_writable(folder: Path) -> None:
+    probe = folder / ".kaf-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another place") from error
