@@ -15,10 +15,10 @@ def agreement(
     labels0: NDArray[Any], labels1: NDArray[Any], classes: Sequence[ClassEntry]
 ) -> dict[str, float]:
     """Dice of each class that is in either map, by its name."""
-    scores = {}
+    scores: dict[str, float] = {}
     for entry in classes:
         in0, in1 = labels0 == entry.value, labels1 == entry.value
         size = np.count_nonzero(in0) + np.count_nonzero(in1)
         if size:
-            scores[entry.name] = 2 * np.count_nonzero(in0 & in1) / size
+            scores[entry.name] = float(2 * np.count_nonzero(in0 & in1) / size)
     return scores

@@ -29,7 +29,7 @@ def attach_compass(viewer: ViewerModel) -> None:
     if viewer in _attached:
         return
     _attached.add(viewer)
-    overlay = viewer.text_overlay
+    overlay = viewer.canvas.overlays.text
 
     def update() -> None:
         dims = viewer.dims

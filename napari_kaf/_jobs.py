@@ -22,8 +22,6 @@ from napari_kaf._paths import data_folder
 if TYPE_CHECKING:
     from kaf_model.progress import Progress
 
-STOP_WAIT = 20_000  # milliseconds that a closing window waits at most for its task
-
 
 class Control:
     """What the GUI thread tells a task. Safe to use from both threads.
@@ -133,8 +131,6 @@ class Job:
         self._worker.errored.connect(
             lambda error: self._returned(Failure(f"{type(error).__name__}: {error}"))
         )
-        self._finished = threading.Event()
-        self._worker.finished.connect(self._finished.set)
         self._worker.start()
 
     def cancel(self) -> None:

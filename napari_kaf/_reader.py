@@ -88,7 +88,11 @@ def read_layer(path: Path) -> tuple[LayerData, tuple[str, ...]]:
     classes = entries_of(_names_beside(path), np.unique(labels).tolist())
     from napari.utils import DirectLabelColormap
 
-    colors = {None: (0.6, 0.6, 0.6, 1), 0: (0, 0, 0, 0), **{c.value: c.color for c in classes}}
+    colors: dict[int | None, Any] = {
+        None: (0.6, 0.6, 0.6, 1),
+        0: (0, 0, 0, 0),
+        **{c.value: c.color for c in classes},
+    }
     arguments["colormap"] = DirectLabelColormap(color_dict=colors)
     shown_name = name if any(word in name.lower() for word in _LABEL_NAMES) else f"{name} labels"
     return (labels, {"name": shown_name, **arguments}, "labels"), notices

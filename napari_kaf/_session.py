@@ -70,7 +70,9 @@ class Session:
         self.busy = ""
         self._spacings: dict[str, tuple[float, ...]] = {}
         self._sidecar: Sidecar | None = None
-        self._owns_sidecar = False
+        self._owners: dict[str, Labels] = {}  # whose labels the sidecar of a volume holds
+        self._ledgers: weakref.WeakKeyDictionary[Labels, tuple[Ledger, list[ClassEntry]]]
+        self._ledgers = weakref.WeakKeyDictionary()
         self._unwatch: Callable[[], None] = lambda: None
         self._touched = False
         self._seen: list[tuple[int, str, tuple[int, ...]]] = []
@@ -112,7 +114,11 @@ class Session:
             self.runs_changed.emit()
             if self.opened is not None:
                 present = _layers.labels_layers(self.viewer, self.opened.layer)
-                self.choose_labels(present[0] if present else None)
+                known = [layer for layer in present if layer in self._ledgers]
+                self.choose_labels(next(iter(known or present), None))
+                if known:  # what was saved is what is shown
+                    self.offer = None
+                    self.offer_changed.emit()
             else:
                 self.choose_labels(None)
 
@@ -121,7 +127,7 @@ class Session:
         assert self.opened is not None
         layer = self.opened.layer
         self.opened = _layers.open_volume(layer, spacing)
-        self._spacings[self._spacing_key()] = tuple(spacing)
+        self._spacings[self._volume_key()] = tuple(spacing)
         self._changed()
         self.volume_changed.emit()
 
@@ -132,14 +138,16 @@ class Session:
         self.flush()
         self._leave_labels()
         self.labels = layer
-        self._owns_sidecar = False  # another layer's saved labels are kept, under another name
-        shape = self.opened.volume.shape if self.opened else (0,)
-        self._set_ledger(Ledger(shape[0] if layer is not None else 0))
         self.classes = []
-        if layer is not None:
-            self._checksums = _checksums(_layers.stack(layer))
-            painted = np.unique(_layers.stack(layer)).tolist()
-            self.classes = entries_of(_layers.class_names(layer), painted)
+        if layer is None:
+            self._set_ledger(Ledger(0))
+        else:
+            array = _layers.stack(layer)
+            self._checksums = _checksums(array)
+            ledger, classes = self._ledgers.get(layer) or (Ledger(len(array)), [])
+            self._set_ledger(ledger)
+            self.classes = classes or entries_of(_layers.class_names(layer), np.unique(array).tolist())
+            self._remember_ledger()
             _layers.set_classes(layer, self.classes)
             self._unwatch = _layers.watch_labels(layer, self._touch)
             self._show_predicted()
@@ -162,8 +170,10 @@ class Session:
         self.choose_labels(_layers.add_labels(self.viewer, self.opened, offer.classes, offer.labels.copy()))
         self.classes = list(offer.classes)
         self._set_ledger(Ledger(len(offer.states), offer.states))
+        self._remember_ledger()
         self._show_predicted()
-        self._owns_sidecar = True
+        assert self.labels is not None
+        self._owners[self._volume_key()] = self.labels
         self.classes_changed.emit()
         self.ledger_changed.emit()
         self.offer_changed.emit()
@@ -172,7 +182,7 @@ class Session:
         """Start afresh; the saved work is renamed, not deleted."""
         assert self._sidecar is not None
         self.offer = None
-        self._take_sidecar()
+        self._sidecar.set_aside()
         self.offer_changed.emit()
 
     # --- classes -----------------------------------------------------------------------------------------
@@ -181,6 +191,7 @@ class Session:
         """Replace the list of classes: names, colours, added ones."""
         self.classes = sorted(classes, key=lambda entry: entry.value)
         if self.labels is not None:
+            self._remember_ledger()
             _layers.set_classes(self.labels, self.classes)
         self._changed()
         self.classes_changed.emit()
@@ -414,7 +425,6 @@ class Session:
         else:
             name = self.opened.volume.name
         self._sidecar = Sidecar(source, name, self.opened.volume.array)
-        self._owns_sidecar = False
         self._fallback_named = False
         self.store = RunStore(self._sidecar.key)
         self.runs = self.store.runs()
@@ -422,14 +432,18 @@ class Session:
             self.offer = self._sidecar.load()
         except UserError as error:
             self.warned.emit(str(error))
-        given = self._spacings.get(self._spacing_key()) or (self.offer.spacing if self.offer else None)
+        given = self._spacings.get(self._volume_key()) or (self.offer.spacing if self.offer else None)
         if given and not self.opened.spacing_known:
-            self._spacings[self._spacing_key()] = given
+            self._spacings[self._volume_key()] = given
             self.opened = _layers.open_volume(layer, given)
 
-    def _spacing_key(self) -> str:
+    def _volume_key(self) -> str:
         assert self._sidecar is not None
         return self._sidecar.key
+
+    def _remember_ledger(self) -> None:
+        assert self.labels is not None
+        self._ledgers[self.labels] = (self.ledger, list(self.classes))
 
     def _set_ledger(self, ledger: Ledger) -> None:
         self.ledger.changed.disconnect(missing_ok=True)
@@ -494,12 +508,11 @@ class Session:
             if new:
                 self.set_classes([*self.classes, *entries_of({}, new)])
 
-    def _take_sidecar(self) -> None:
-        """Before the first write: keep what an earlier session left and was not restored."""
-        assert self._sidecar is not None
-        if not self._owns_sidecar:
-            self._sidecar.set_aside()
-            self._owns_sidecar = True
+    def _take_sidecar(self, sidecar: Sidecar, labels: Labels) -> None:
+        """Before the first write of a layer: keep what the file holds of another one, or of an earlier session."""
+        if self._owners.get(sidecar.key) is not labels:
+            sidecar.set_aside()
+            self._owners[sidecar.key] = labels
 
     def _save_in_background(self) -> None:
         if self.labels is None or self._sidecar is None:
@@ -507,8 +520,8 @@ class Session:
         if self._saving is not None and self._saving.is_alive():
             self._saving.join()
         self._unsaved_since = None
-        self._take_sidecar()
-        given = self._spacings.get(self._spacing_key())
+        self._take_sidecar(self._sidecar, self.labels)
+        given = self._spacings.get(self._volume_key())
         snapshot = Snapshot(_layers.stack(self.labels).copy(), self.ledger.states, tuple(self.classes), given)
         self._saving = threading.Thread(target=self._save, args=(self._sidecar, snapshot), daemon=False)
         self._saving.start()
@@ -537,4 +550,4 @@ def session_for(viewer: Any) -> Session:
 
 
 def _checksums(array: NDArray[Any]) -> list[int]:
-    return [zlib.crc32(np.ascontiguousarray(plane)) for plane in array]
+    return [zlib.crc32(np.ascontiguousarray(plane).data) for plane in array]

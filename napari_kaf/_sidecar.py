@@ -62,7 +62,7 @@ class Sidecar:
 
     def __init__(self, source: Path | None, name: str, voxels: NDArray[Any]) -> None:
         self.fingerprint = (
-            f"{'x'.join(map(str, voxels.shape))}-{zlib.crc32(np.ascontiguousarray(voxels)):08x}"
+            f"{'x'.join(map(str, voxels.shape))}-{zlib.crc32(np.ascontiguousarray(voxels).data):08x}"
         )
         safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
         self.key = f"{safe}-{self.fingerprint.rpartition('-')[2]}"

@@ -49,7 +49,9 @@ def nothing_left(qapp):
     _pulse._beating.clear()
     _session._sessions.clear()
     ours = {
-        thread for thread in set(threading.enumerate()) - before if not isinstance(thread, threading._DummyThread)
+        thread
+        for thread in set(threading.enumerate()) - before
+        if not isinstance(thread, threading._DummyThread)
     }
     for thread in ours:
         thread.join(5)
@@ -77,6 +79,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     """With KAF_REQUIRE_WINDOW=1, a window test that is skipped has failed."""
     outcome = yield
     report = outcome.get_result()
-    if report.skipped and item.get_closest_marker("real_window") and os.environ.get("KAF_REQUIRE_WINDOW") == "1":
+    if (
+        report.skipped
+        and item.get_closest_marker("real_window")
+        and os.environ.get("KAF_REQUIRE_WINDOW") == "1"
+    ):
         report.outcome = "failed"
         report.longrepr = f"KAF_REQUIRE_WINDOW=1, but the window test was skipped: {report.longrepr}"

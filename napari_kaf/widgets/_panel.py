@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from napari.utils.notifications import show_error, show_info, show_warning
 from qtpy.QtCore import QEvent, Qt
@@ -16,13 +16,14 @@ from napari_kaf._pulse import keep_polling
 from napari_kaf._session import Session, session_for
 
 P = ParamSpec("P")
+S = TypeVar("S")
 
 
-def answering(method: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Any, P], None]:
+def answering(method: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
     """Let a slot answer a mistake with a notification."""
 
     @functools.wraps(method)
-    def slot(self: Any, *args: P.args, **kwargs: P.kwargs) -> None:
+    def slot(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             method(self, *args, **kwargs)
         except UserError as error:
@@ -97,6 +98,7 @@ class Panel(QScrollArea):
                 self._docked = True
             elif self._docked:
                 self.life.end()
+                self.deleteLater()
         return bool(super().event(event))
 
     def closeEvent(self, event: Any) -> None:

@@ -22,12 +22,7 @@ from kaf_model.config import PRESETS
 from kaf_model.errors import UserError
 from kaf_model.volume import Volume
 from napari_kaf import _layers
-from napari_kaf._jobs import Job, Report
-from napari_kaf._keys import with_key
-from napari_kaf._models import SCRATCH
-from napari_kaf._runs import Run
-from napari_kaf._settings import description, settings
-from napari_kaf._tasks import (
+from napari_kaf._finetune_task import (
     FinetuneOutcome,
     FinetuneRequest,
     SlicePreview,
@@ -35,6 +30,11 @@ from napari_kaf._tasks import (
     check_request,
     finetune_task,
 )
+from napari_kaf._jobs import Job, Report
+from napari_kaf._keys import with_key
+from napari_kaf._models import SCRATCH
+from napari_kaf._runs import Run
+from napari_kaf._settings import description, settings
 from napari_kaf.widgets._curve import LiveCurve
 from napari_kaf.widgets._model_box import ModelBox
 from napari_kaf.widgets._panel import Life, answering, heading, words

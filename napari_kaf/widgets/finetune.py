@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qtpy.QtWidgets import QMessageBox, QPushButton, QWidget
@@ -18,6 +20,10 @@ from napari_kaf.widgets._volume_section import VolumeSection
 
 if TYPE_CHECKING:
     import napari
+
+
+def _without_viewer(action: Callable[[], None]) -> Callable[[object], None]:
+    return lambda _viewer: action()
 
 
 class FinetuneWidget(Panel):
@@ -47,7 +53,7 @@ class FinetuneWidget(Panel):
         self.session.poll()
 
     def _bind_keys(self) -> None:
-        actions = {
+        actions: dict[str, Callable[[], None]] = {
             "complete": lambda: self.ledger.mark(Cell.COMPLETE),
             "empty": lambda: self.ledger.mark(Cell.EMPTY),
             "untouched": lambda: self.ledger.mark(Cell.UNTOUCHED),
@@ -62,8 +68,8 @@ class FinetuneWidget(Panel):
         viewer = self.session.viewer
         for name, action in actions.items():
             key, _what = KEYS[name]
-            viewer.bind_key(key, lambda _viewer, action=action: action(), overwrite=True)
-            self.life.at_end(lambda key=key: viewer.bind_key(key, None, overwrite=True))
+            viewer.bind_key(key, _without_viewer(action), overwrite=True)
+            self.life.at_end(partial(viewer.bind_key, key, None, overwrite=True))
 
     def _show_keys(self) -> None:
         box = QMessageBox(QMessageBox.Icon.NoIcon, "Keys", key_list(), QMessageBox.StandardButton.Close, self)

@@ -15,7 +15,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 LEFT_HEART = (2, 3)  # myocardium and left ventricle of the sample, painted as one structure
-MINUTES = "1.5"
+MINUTES = "20"  # a person stops it when the preview looks right
+ENOUGH_STEPS = 100
 
 
 class Hands:
@@ -119,7 +120,11 @@ def test_label_finetune_accept_export(make_napari_viewer, qtbot, plugin_home, no
     QTest.keyClick(minutes, Qt.Key.Key_Return)
     click(panel.training.button)
     assert panel.training.button.text() == "Cancel"
-    qtbot.waitUntil(lambda: panel.session.result_labels is not None, timeout=600_000)
+    training = panel.training
+    qtbot.waitUntil(lambda: len(training.curve.points("total")) >= ENOUGH_STEPS, timeout=900_000)
+    assert [layer for layer in viewer.layers if layer.name.endswith("preview")]
+    click(training.button)
+    qtbot.waitUntil(lambda: panel.session.result_labels is not None, timeout=60_000)
     assert np.array_equal(panel.session.labels.data, drawn)  # the result came in a layer of its own
 
     click(panel.result.accept_whole)

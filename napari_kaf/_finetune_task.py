@@ -5,7 +5,6 @@ The engine, and with it torch, is imported inside the functions, so that opening
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from numpy.typing import NDArray
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 from kaf_model.volume import Volume
+from napari_kaf._device import describe_device, let_threads_sleep, memory_in_use
 from napari_kaf._jobs import Control, Report
 
 if TYPE_CHECKING:
-    import torch
-
     from kaf_model.checkpoint import Model
 
 FIRST_VOLUME_PREVIEW = 20.0  # seconds from the click, at the latest, to look at the whole volume
@@ -100,6 +98,7 @@ class FinetuneOutcome:
 def finetune_task(request: FinetuneRequest, control: Control) -> Generator[Any, None, FinetuneOutcome]:
     """Finetune, show previews meanwhile, and segment the volume with the result."""
     yield Report(Progress("loading the engine", 0, None))
+    let_threads_sleep()
     from kaf_model.config import FinetuneConfig, ModelConfig
     from kaf_model.engine import NonFiniteLoss, choose_device, release_memory
     from kaf_model.finetune import finetune
@@ -215,27 +214,6 @@ def _resume_file(output: Path) -> Path:
     from kaf_model.training_files import resume_path
 
     return resume_path(output)
-
-
-def describe_device(device: torch.device) -> str:
-    """Name of a device for people."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return {"mps": "Apple GPU"}.get(device.type, f"CPU, {threads} threads")
-
-
-def memory_in_use(device: torch.device) -> float:
-    """GB in use: of the GPU, or by this process."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device) / 1e9
-    import psutil
-
-    return float(psutil.Process(os.getpid()).memory_info().rss) / 1e9
 
 
 def check_request(statuses: Mapping[int, str]) -> None:
