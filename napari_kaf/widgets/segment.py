@@ -84,21 +84,25 @@ class SegmentWidget(Panel):
         self.column.addWidget(self.csv)
         self.column.addStretch()
         self.source.currentIndexChanged.connect(self._show_source)
-        self.life.listen(self.session.layers_changed, self.refresh)
+        self._offered: set[int] = set()
+        for signal in (self.session.layers_changed, self.session.volume_changed):
+            self.life.listen(signal, self.refresh)
+        self.session.poll()
         self.refresh()
         self._show_source()
-        self.session.poll()
 
     def refresh(self) -> None:
         """List the open volumes; what was ticked stays ticked."""
-        before, ticked = self._listed(), self._ticked()
-        self.layers.clear()
+        ticked = self._ticked()
         opened = self.session.opened
+        if opened is not None and id(opened.layer) not in self._offered:
+            self._offered.add(id(opened.layer))  # the volume that is worked on is ticked once
+            ticked.add(id(opened.layer))
+        self.layers.clear()
         for layer in _layers.image_layers(self.session.viewer):
             item = QListWidgetItem(layer.name)
             item.setData(Qt.ItemDataRole.UserRole, id(layer))
-            current = opened is not None and layer is opened.layer
-            tick = id(layer) in ticked or (id(layer) not in before and current)
+            tick = id(layer) in ticked
             item.setCheckState(Qt.CheckState.Checked if tick else Qt.CheckState.Unchecked)
             self.layers.addItem(item)
 
@@ -157,10 +161,6 @@ class SegmentWidget(Panel):
         form.addRow("Into", self.output)
         form.addRow("Reference", self.references)
         return self.folder_page
-
-    def _listed(self) -> set[int]:
-        items = (self.layers.item(row) for row in range(self.layers.count()))
-        return {item.data(Qt.ItemDataRole.UserRole) for item in items if item is not None}
 
     def _ticked(self) -> set[int]:
         items = (self.layers.item(row) for row in range(self.layers.count()))

@@ -16,7 +16,7 @@ pytestmark = [
 ]
 LEFT_HEART = (2, 3)  # myocardium and left ventricle of the sample, painted as one structure
 MINUTES = "20"  # a person stops it when the preview looks right
-ENOUGH_STEPS = 100
+ENOUGH_STEPS = 70
 
 
 class Hands:
