@@ -146,13 +146,18 @@ class Job:
     def _reported(self, report: Any) -> None:
         if not self._listening:
             return
-        if isinstance(report, Report):
-            progress = report.progress
-            if progress.total and self._bar.total != progress.total:
-                self._bar.reset(progress.total)
-            self._bar.set_description(f"{self._bar.desc.partition(':')[0]}: {progress.stage}")
-            self._bar.update(progress.step - self._bar.n)
         self._on_report(report)
+        if isinstance(report, Report):
+            self._draw_bar(report)  # last: napari lets later reports in while it draws
+
+    def _draw_bar(self, report: Report) -> None:
+        progress = report.progress
+        if self._listening and progress.total and self._bar.total != progress.total:
+            self._bar.reset(progress.total)
+        if self._listening:
+            self._bar.set_description(f"{self._bar.desc.partition(':')[0]}: {progress.stage}")
+        if self._listening:
+            self._bar.update(progress.step - self._bar.n)
 
     def _returned(self, result: Any) -> None:
         if not self._listening:
