@@ -5,16 +5,33 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import psutil
+
 if TYPE_CHECKING:
     import torch
 
 
-def let_threads_sleep() -> None:
-    """Let torch's threads sleep while they wait, not spin: the window shares the processor with them.
+def share_processor() -> None:
+    """Give torch as many threads as there are processors that other programs leave free, and let them sleep.
 
-    To be called before torch is first imported; what the user has set stays.
+    A thread more than that makes every step wait for the slowest; the window needs its share as well. What
+    the user has set stays. To be called on the worker thread before torch is used there.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(free_processors())
+
+
+def free_processors() -> int:
+    """Processors that are not taken by other programs, at least one."""
+    there = (
+        len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
+    )
+    there = there or 1
+    taken = float(psutil.getloadavg()[0])
+    return max(1, min(there, round(there - taken)))
 
 
 def describe_device(device: torch.device) -> str:
@@ -33,6 +50,4 @@ def memory_in_use(device: torch.device) -> float:
 
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device) / 1e9
-    import psutil
-
     return float(psutil.Process(os.getpid()).memory_info().rss) / 1e9

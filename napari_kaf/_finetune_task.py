@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 from kaf_model.volume import Volume
-from napari_kaf._device import describe_device, let_threads_sleep, memory_in_use
+from napari_kaf._device import describe_device, memory_in_use, share_processor
 from napari_kaf._jobs import Control, Report
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class FinetuneOutcome:
 def finetune_task(request: FinetuneRequest, control: Control) -> Generator[Any, None, FinetuneOutcome]:
     """Finetune, show previews meanwhile, and segment the volume with the result."""
     yield Report(Progress("loading the engine", 0, None))
-    let_threads_sleep()
+    share_processor()
     from kaf_model.config import FinetuneConfig, ModelConfig
     from kaf_model.engine import NonFiniteLoss, choose_device, release_memory
     from kaf_model.finetune import finetune

@@ -15,7 +15,7 @@ from kaf_model.config import CorrespondenceConfig, Recipe
 from kaf_model.errors import UserError, VolumeError
 from kaf_model.progress import Progress
 from kaf_model.volume import VolumeInfo, find_volumes, inspect_volume
-from napari_kaf._device import describe_device, let_threads_sleep, memory_in_use
+from napari_kaf._device import describe_device, memory_in_use, share_processor
 from napari_kaf._jobs import Control, Report
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def scan_task(folder: Path, control: Control) -> Generator[Any, None, list[Found
 def trial_task(request: PretrainRequest, control: Control) -> Generator[Any, None, float]:
     """Train a few steps and throw them away; returns seconds a step, the first not counted."""
     yield Report(Progress("loading the engine", 0, None))
-    let_threads_sleep()
+    share_processor()
     from kaf_model.pretrain import pretrain
 
     training = request.training.override(steps=_TRIAL_STEPS, time_budget=None, epochs=None)
@@ -139,7 +139,7 @@ def trial_task(request: PretrainRequest, control: Control) -> Generator[Any, Non
 def pretrain_task(request: PretrainRequest, control: Control) -> Generator[Any, None, PretrainOutcome]:
     """Show one pair, then pretrain; a cancelled training keeps its checkpoint and can be resumed."""
     yield Report(Progress("loading the engine", 0, None))
-    let_threads_sleep()
+    share_processor()
     from kaf_model.engine import NonFiniteLoss, choose_device, release_memory
     from kaf_model.keypoints import KeypointCache
     from kaf_model.pretrain import pretrain

@@ -23,7 +23,7 @@ from kaf_model.volume import (
     write_labels,
     write_maps,
 )
-from napari_kaf._device import describe_device, let_threads_sleep, memory_in_use
+from napari_kaf._device import describe_device, memory_in_use, share_processor
 from napari_kaf._jobs import Control, Report
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class _Item:
 def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, None, SegmentOutcome]:
     """Segment each volume and score it; a cancelled one is not delivered."""
     yield Report(Progress("loading the model", 0, None))
-    let_threads_sleep()
+    share_processor()
     from kaf_model.checkpoint import load_model
     from kaf_model.engine import choose_device, release_memory
     from kaf_model.keypoints import KeypointCache

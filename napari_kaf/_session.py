@@ -76,6 +76,7 @@ class Session:
         self._unwatch: Callable[[], None] = lambda: None
         self._touched = False
         self._seen: list[tuple[int, str, tuple[int, ...]]] = []
+        self._seen_brush = 0
         self._checksums: list[int] = []
         self._before_accept: dict[int, tuple[int, Cell, int]] = {}
         self._unsaved_since: float | None = None
@@ -340,6 +341,10 @@ class Session:
     def poll(self) -> None:
         """Take in what happened in the layers, and save what is due."""
         self._look_at_layers()
+        brush = int(self.labels.selected_label) if self.labels is not None else 0
+        if brush != self._seen_brush:
+            self._seen_brush = brush
+            self.classes_changed.emit()
         if self._touched and self.labels is not None:
             self._touched = False
             self._compare_labels()

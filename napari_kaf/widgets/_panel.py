@@ -7,8 +7,17 @@ from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from napari.utils.notifications import show_error, show_info, show_warning
-from qtpy.QtCore import QEvent, Qt
-from qtpy.QtWidgets import QFrame, QLabel, QScrollArea, QSizePolicy, QVBoxLayout, QWidget
+from qtpy.QtCore import QEvent, QObject, Qt
+from qtpy.QtWidgets import (
+    QAbstractSpinBox,
+    QComboBox,
+    QFrame,
+    QLabel,
+    QScrollArea,
+    QSizePolicy,
+    QVBoxLayout,
+    QWidget,
+)
 
 from kaf_model.errors import UserError
 from napari_kaf._jobs import Job
@@ -90,6 +99,21 @@ class Panel(QScrollArea):
         self.column.setSpacing(6)
         self.setWidget(content)
         self.setMinimumWidth(340)
+
+    def showEvent(self, event: Any) -> None:
+        """From the first showing on, the wheel scrolls the panel and changes no value it passes over."""
+        for kind in (QAbstractSpinBox, QComboBox):
+            for box in self.findChildren(kind):
+                box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
+                box.installEventFilter(self)
+        super().showEvent(event)
+
+    def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
+        """Keep the wheel from boxes."""
+        if event is not None and event.type() == QEvent.Type.Wheel and isinstance(watched, QWidget):
+            event.ignore()
+            return not watched.hasFocus()
+        return bool(super().eventFilter(watched, event))
 
     def event(self, event: QEvent | None) -> bool:
         """End when the dock that holds the panel lets it go."""

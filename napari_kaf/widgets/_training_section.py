@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from napari.utils.notifications import show_error, show_info
 from qtpy.QtWidgets import (
     QCheckBox,
@@ -146,11 +148,12 @@ class TrainingSection(QWidget):
         store, key = session.store, session.store.new_key()
         choice = self.model.choice or SCRATCH
         volume = session.opened.volume
+        painted = set(np.unique(_layers.stack(session.labels)[sorted(statuses)]).tolist())
         request = FinetuneRequest(
             volume=replace(volume, array=volume.array.copy()),
             labels=_layers.stack(session.labels).copy(),
             statuses=statuses,
-            class_names={entry.value: entry.name for entry in session.classes},
+            class_names={entry.value: entry.name for entry in session.classes if entry.value in painted},
             start=choice.path,
             preset=self.preset.currentText(),
             seconds=60 * self.minutes.value(),
@@ -218,7 +221,8 @@ class TrainingSection(QWidget):
             parts.append(f"{_minutes(progress.eta)} left")
         if report.device:
             parts.append(f"{report.device}, {report.memory_gb:.1f} GB")
-        self.status.setText("; ".join(parts).capitalize())
+        text = "; ".join(parts)
+        self.status.setText(text[:1].upper() + text[1:])
 
     def _show_preview(self, report: SlicePreview | VolumePreview) -> None:
         assert self._opened is not None
@@ -288,8 +292,6 @@ class TrainingSection(QWidget):
 
 
 def _when() -> str:
-    import datetime
-
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
@@ -298,8 +300,6 @@ def _minutes(seconds: float) -> str:
 
 
 def _empty_like(volume: Volume, preview: SlicePreview) -> Any:
-    import numpy as np
-
     whole = np.zeros(volume.shape, preview.labels.dtype)
     whole[preview.z] = preview.labels
     return whole
