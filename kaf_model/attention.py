@@ -8,6 +8,7 @@ attention itself is padded, under a mask.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +67,11 @@ class PackedKeypoints:
         sums = rows.new_zeros(len(self.valid), rows.shape[-1]).index_add(0, self.image, rows)
         return sums / self.valid.sum(1, keepdim=True).clamp(min=1).to(rows.dtype)
 
-    def counts(self) -> Tensor:
-        """Keypoints of each slice, (B,)."""
-        return self.valid.sum(1)
+    @cached_property
+    def counts(self) -> list[int]:
+        """Keypoints of each of the B slices."""
+        counts: list[int] = self.valid.sum(1).tolist()
+        return counts
 
 
 def multilayer_perceptron(widths: list[int]) -> nn.Sequential:
@@ -103,20 +106,90 @@ class PositionEncoder(nn.Module):
         return code
 
 
-def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention, by whichever way is fast.
-
-    In bfloat16 on CPUs torch's fused kernel takes three times as long, forward and backward, as two
-    products and a softmax; everywhere else the fused kernel wins.
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keypoints: PackedKeypoints,
+    source: PackedKeypoints,
+    *,
+    heads: int,
+) -> Tensor:
+    """Scaled dot-product attention of packed rows, each slice with its own source, by the fast way.
 
     Args:
-        query: (B, heads, N, D)
-        key: (B, heads, M, D)
-        value: (B, heads, M, D)
-        mask: (B, 1, 1, M) bool, true where there is something to attend to; None is everywhere.
+        query: (T, E) rows of `keypoints`.
+        key: (S, E) rows of `source`.
+        value: (S, E) rows of `source`.
+        keypoints: Layout of the T rows, B slices.
+        source: Layout of the S rows, B slices.
+        heads: Parts of E that attend separately.
 
     Returns:
-        (B, heads, N, D)
+        (T, E), zero for slices whose source is empty.
+    """
+    if query.device.type != "cpu" or (keypoints.full and source.full):
+        return attend_padded(query, key, value, keypoints, source, heads=heads)
+    return attend_each(query, key, value, keypoints, source, heads=heads)
+
+
+def attend_padded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keypoints: PackedKeypoints,
+    source: PackedKeypoints,
+    *,
+    heads: int,
+) -> Tensor:
+    """`attend` for the whole batch at once, padded under a mask: few large operations, as GPUs like it."""
+    mask = None
+    if not source.full:
+        empty = ~source.valid.any(1, keepdim=True)  # a softmax over nothing has no value
+        mask = (source.valid | empty)[:, None, None, :]
+    layouts = ((query, keypoints), (key, source), (value, source))
+    padded = (layout.pad(rows) for rows, layout in layouts)
+    heads_first = [_split_heads(rows, heads) for rows in padded]
+    attended = _dot_product(heads_first[0], heads_first[1], heads_first[2], mask)  # (B, heads, N, E / heads)
+    message = keypoints.pack(attended.transpose(1, 2).flatten(2))
+    if mask is None:
+        return message
+    return message * source.valid.any(1)[keypoints.image, None].to(message.dtype)
+
+
+def attend_each(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keypoints: PackedKeypoints,
+    source: PackedKeypoints,
+    *,
+    heads: int,
+) -> Tensor:
+    """`attend` slice after slice, without padding: on CPUs the padded products cost more than the loop."""
+    messages = []
+    queries = torch.split(query, keypoints.counts)
+    keys, values = torch.split(key, source.counts), torch.split(value, source.counts)
+    for slice_query, slice_key, slice_value in zip(queries, keys, values, strict=True):
+        if len(slice_query) and len(slice_key):
+            split = [_split_heads(rows[None], heads) for rows in (slice_query, slice_key, slice_value)]
+            attended = _dot_product(split[0], split[1], split[2])  # (1, heads, n, E / heads)
+            messages.append(attended[0].transpose(0, 1).flatten(1))
+        else:
+            messages.append(torch.zeros_like(slice_query))
+    return torch.cat(messages)
+
+
+def _split_heads(rows: Tensor, heads: int) -> Tensor:
+    """(B, N, E) -> (B, heads, N, E / heads)."""
+    return rows.reshape(*rows.shape[:2], heads, rows.shape[2] // heads).transpose(1, 2)
+
+
+def _dot_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention, (B, heads, N, D) and (B, heads, M, D) twice -> (B, heads, N, D).
+
+    In bfloat16 on CPUs torch's fused kernel takes two to three times as long, forward and backward, as two
+    products and a softmax; everywhere else the fused kernel wins. `mask` is (B, 1, 1, M), false at padding.
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -159,26 +232,13 @@ class AttentionBlock(nn.Module):
             (T, E)
         """
         if source is None or source_keypoints is None:
-            query, key, value = keypoints.pad(self.query_key_value(embeddings)).chunk(3, dim=-1)
+            query, key, value = self.query_key_value(embeddings).chunk(3, dim=-1)
             source_keypoints = keypoints
         else:
             weight, bias = self.query_key_value.weight, self.query_key_value.bias
             width = self.width
-            query = keypoints.pad(functional.linear(embeddings, weight[:width], bias[:width]))
-            key, value = source_keypoints.pad(functional.linear(source, weight[width:], bias[width:])).chunk(
-                2, dim=-1
-            )
-        message = self.merge(keypoints.pack(self._attend(query, key, value, source_keypoints)))
+            query = functional.linear(embeddings, weight[:width], bias[:width])
+            key, value = functional.linear(source, weight[width:], bias[width:]).chunk(2, dim=-1)
+        message = self.merge(attend(query, key, value, keypoints, source_keypoints, heads=self.heads))
         update: Tensor = self.mlp(torch.cat([embeddings.to(message.dtype), message], dim=-1))
         return embeddings + update
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, source: PackedKeypoints) -> Tensor:
-        mask = None
-        if not source.full:
-            empty = ~source.valid.any(1, keepdim=True)  # a softmax over nothing has no value
-            mask = (source.valid | empty)[:, None, None, :]
-        shape = (len(source.valid), -1, self.heads, self.width // self.heads)
-        query, key, value = (x.reshape(shape).transpose(1, 2) for x in (query, key, value))
-        attended = dot_product_attention(query, key, value, mask)  # (B, heads, N, E / heads)
-        message = attended.transpose(1, 2).flatten(2)  # (B, N, E)
-        return message * source.valid.any(1)[:, None, None].to(message.dtype) if mask is not None else message

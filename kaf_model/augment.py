@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kaf_model.config import AugmentConfig
+from kaf_model.precision import full_precision
 
 MAX_COMPRESSION = 0.75
 """Most by which the elastic displacement may squeeze the output grid in any direction; at 1 it folds."""
@@ -422,10 +422,3 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     (a, b), (c, d) = (row.unbind(-1) for row in matrix.unbind(-2))
     y, x = right.unbind(-1)
     return torch.stack([d * y - b * x, a * x - c * y], dim=-1) / (a * d - b * c)[..., None]
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Switch autocast off: a bfloat16 coordinate is wrong by a pixel at 256."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

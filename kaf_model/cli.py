@@ -14,6 +14,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -48,8 +49,13 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of this process, and return its exit code."""
+    # Threads that wait sleep instead of spinning, which on a machine with other work to do saves most of the
+    # time of a step. It must be said before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    if arguments is None and not debug:  # what libraries announce to programmers
+        warnings.filterwarnings("ignore", category=FutureWarning)
     given = [argument for argument in given if argument != "--debug"]
     try:
         code = app(given, prog_name="kaf", standalone_mode=False)
@@ -102,9 +108,11 @@ def _say_how_to_resume(stop: Interrupted, arguments: Sequence[str]) -> None:
         output.line("interrupted before there was something new to keep; run the same line again")
         return
     output.line(f"interrupted: {stop.path} is usable as it is; go on with")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        output.line("  the same torchrun line with --resume at its end")
+        return
     resumed = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
-    launcher = "the same torchrun line: ... kaf" if "TORCHELASTIC_RUN_ID" in os.environ else _program()
-    output.line(f"  {launcher} {shlex.join(resumed)}")
+    output.line(f"  {_program()} {shlex.join(resumed)}")
 
 
 def _program() -> str:

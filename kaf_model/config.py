@@ -392,7 +392,7 @@ _PUBLISHED_FINETUNE = {
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "model": {"position_reference": 128.0},
-        "pretrain": {"batch_size": 16},
+        "pretrain": {"batch_size": 16, "sinkhorn_iterations": 30},
     },
     "base": {
         "slices": {"spacing": 1.25},

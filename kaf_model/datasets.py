@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import weakref
 from collections.abc import Generator, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +62,10 @@ class PreparedVolume:
 
 
 class SliceStore:
-    """Where prepared slices lie: in memory up to a limit, then in temporary files that go with the store."""
+    """Where prepared slices lie: in memory up to a limit, then in temporary files that go with their array."""
 
     def __init__(self, limit: int = IN_MEMORY_LIMIT) -> None:
         self.room = limit
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files = 0
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[np.float16]:
         """An array to be filled with slices."""
@@ -74,11 +73,12 @@ class SliceStore:
         if size <= self.room:
             self.room -= size
             return np.empty(shape, np.float16)
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="kaf-slices-", ignore_cleanup_errors=True)
-        self._files += 1
-        path = Path(self._folder.name) / f"{self._files}.npy"
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+        folder = tempfile.TemporaryDirectory(prefix="kaf-slices-", ignore_cleanup_errors=True)
+        array = np.lib.format.open_memmap(
+            Path(folder.name) / "slices.npy", mode="w+", dtype=np.float16, shape=shape
+        )
+        weakref.finalize(array, folder.cleanup)
+        return array
 
 
 def prepare_volumes(

@@ -213,7 +213,7 @@ class Trainer:
                     buffer.copy_(before)  # the forward pass has spoilt the running statistics
                 raise
             self.state.step += 1
-            self.state.seconds += time.monotonic() - started
+            self.state.seconds += self._shared(time.monotonic() - started)
             if self.config.time_budget is not None and self.fabric.world_size > 1:
                 self.state.seconds = self.fabric.broadcast(self.state.seconds)  # all stop at the same step
             self.state.curve.append({"step": self.state.step, **self.state.losses})
@@ -226,6 +226,10 @@ class Trainer:
         if self.config.time_budget and self.fraction:
             total = max(self.state.step, round(self.state.step / self.fraction))
         return Progress(stage, self.state.step, total, dict(self.state.losses), eta, message)
+
+    def _shared(self, seconds: float) -> float:
+        """The first process's clock, so that all learn at one rate and end at one step."""
+        return seconds if self.fabric.world_size == 1 else float(self.fabric.broadcast(seconds))
 
     def _step(self, batch_at: Callable[[int, int], list[Any]]) -> str:
         factor = learning_rate_factor(self.config, self.fraction)
@@ -240,8 +244,7 @@ class Trainer:
                 if not is_out_of_memory(error):
                     raise
                 message = self._split_batch(error)
-        if self.config.gradient_clip is not None:
-            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=self.config.gradient_clip)
+        self._clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.losses = losses
@@ -263,6 +266,20 @@ class Trainer:
                         )
                 self.fabric.backward(losses["total"] / len(batches))
         return {"total": sums.pop("total"), **sums}
+
+    def _clip_gradients(self) -> None:
+        norm = self.fabric.clip_gradients(
+            self.module,
+            self.optimizer,
+            max_norm=math.inf if self.config.gradient_clip is None else self.config.gradient_clip,
+            error_if_nonfinite=False,
+        )
+        if norm is not None and not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteLoss(
+                f"the gradient is not finite at step {self.state.step + 1}, though the losses are; training stopped "
+                "with the weights before it. Try a lower learning rate, or precision float32"
+            )
 
     def _split_batch(self, error: RuntimeError) -> str:
         self.optimizer.zero_grad(set_to_none=True)
@@ -326,7 +343,7 @@ class Trainer:
             }
             if own:
                 self.optimizer.optimizer.state[parameter] = {
-                    key: value.to(parameter.device) for key, value in own.items()
+                    key: _laid_out_like(value, parameter) for key, value in own.items()
                 }
         self.state = TrainingState(**header["resume"])
         self.micro_batches = header["micro_batches"]
@@ -335,6 +352,13 @@ class Trainer:
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _laid_out_like(moment: Tensor, parameter: Tensor) -> Tensor:
+    """A moment with the memory layout of its parameter, which fused optimisers take for granted."""
+    if moment.shape != parameter.shape:
+        return moment.to(parameter.device)
+    return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
 
 
 def channels_last(module: nn.Module) -> None:

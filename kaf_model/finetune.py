@@ -35,7 +35,7 @@ from kaf_model.datasets import (
 from kaf_model.engine import Trainer, channels_last, generator_for, make_fabric, release_memory
 from kaf_model.errors import UserError
 from kaf_model.keypoints import KeypointCache
-from kaf_model.labels import ClassMap, LabelledVolume, check_learnable
+from kaf_model.labels import ClassMap, LabelledVolume, check_learnable, painted_values
 from kaf_model.losses import IGNORED, cross_entropy, soft_dice
 from kaf_model.progress import Progress
 from kaf_model.segment import predict_slices
@@ -95,8 +95,8 @@ def finetune(
 ) -> Generator[Progress, None, FinetuneResult]:
     """Train on labelled slices.
 
-    Can be closed at any yield: with `output`, a usable checkpoint and what is needed to resume are then
-    written.
+    Can be closed at any yield: with `output`, once a step is done, a usable checkpoint and what is needed to
+    resume are then written.
 
     Args:
         config: Architecture; None takes that of `start`. `num_classes` is set from the labels.
@@ -104,7 +104,8 @@ def finetune(
         training: Loss, budgets and optimiser.
         start: A pretrained or finetuned checkpoint; None starts from random weights. A pretrained one
             gives its encoder, a finetuned one with the same classes everything. Its preprocessing is kept.
-        class_names: Names by label value.
+        class_names: Names by label value, of all classes there are. None takes those of a finetuned start if
+            it knows every painted value, else the painted values.
         slices: Preprocessing; only without a start.
         keypoints: Detection; only without a start.
         output: Checkpoint file to write.
@@ -129,7 +130,7 @@ def finetune(
     files.check(resume)
     origin = load_checkpoint(start) if isinstance(start, (str, Path)) else start
     config, slices, keypoints = _settings(config, slices, keypoints, origin)
-    classes = ClassMap.of_labels(cases, class_names)
+    classes = ClassMap.of_labels(cases, class_names or _names_of(origin, cases))
     config = config.override(num_classes=len(classes))
     fabric = fabric or make_fabric(device)
     prepared, labelled = yield from prepare_labelled(cases, classes, slices, keypoints, cache=cache)
@@ -161,6 +162,7 @@ def finetune(
         "training": training.model_dump(mode="json", exclude={"checkpoint_every"}),
         "model": config.model_dump(mode="json"),
         "slices": slices.model_dump(mode="json"),
+        "keypoints": keypoints.model_dump(mode="json"),
         "classes": [label.value for label in classes.classes],
         "labelled": names,
         "start": origin.history[-1].get("date") if origin and origin.history else None,
@@ -299,6 +301,12 @@ def _settings(
                 f"the start has another architecture: {details}; leave out the preset to take the start's"
             )
     return origin.model, origin.slices, origin.keypoints
+
+
+def _names_of(origin: Checkpoint | None, cases: Sequence[LabelledVolume]) -> dict[int, str] | None:
+    """The classes of the start, if nothing else is painted."""
+    names = {label.value: label.name for label in origin.classes} if origin else {}
+    return names if painted_values(cases) <= set(names) else None
 
 
 def _load_start(network: SegmentationNetwork, origin: Checkpoint, classes: ClassMap) -> LoadReport:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from kaf_model.attention import PackedKeypoints
 from kaf_model.normalization import BatchNorm
+from kaf_model.precision import full_precision
 
 
 class BottleneckHead(nn.Module):
@@ -19,7 +20,8 @@ class BottleneckHead(nn.Module):
 
     def forward(self, bottleneck: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, projection_width)."""
-        embedding: Tensor = self.mlp(bottleneck.mean((2, 3)))
+        with full_precision(bottleneck.device):
+            embedding: Tensor = self.mlp(bottleneck.float().mean((2, 3)))
         return embedding
 
 
@@ -47,5 +49,6 @@ class KeypointHead(nn.Module):
 
     def forward(self, projected: Tensor, keypoints: PackedKeypoints) -> Tensor:
         """Packed keypoints (T, E) of B slices -> (B, projection_width)."""
-        embedding: Tensor = self.mlp(keypoints.mean(projected))
+        with full_precision(projected.device):
+            embedding: Tensor = self.mlp(keypoints.mean(projected.float()))
         return embedding

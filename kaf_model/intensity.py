@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kaf_model.augment import full_precision
 from kaf_model.config import AugmentConfig
+from kaf_model.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -56,6 +56,11 @@ class LabelledVolume:
                 )
 
 
+def painted_values(cases: Sequence[LabelledVolume]) -> set[int]:
+    """The label values on the labelled slices, the background among them."""
+    return {int(v) for case in cases for z in case.statuses for v in np.unique(case.labels[z])}
+
+
 @dataclass(frozen=True)
 class ClassMap:
     """Which label value is which output channel; channel 0 is the background, value 0.
@@ -75,18 +80,20 @@ class ClassMap:
 
     @classmethod
     def of_labels(cls, cases: Sequence[LabelledVolume], names: Mapping[int, str] | None = None) -> ClassMap:
-        """The classes painted in the labelled slices, in ascending order of value.
+        """The classes of labelled slices, in ascending order of value.
 
         Args:
             cases: Labelled volumes.
-            names: Names by value; every named class is kept, painted or not.
+            names: Names by value. They are all the classes there are, painted or not; None takes the values
+                that are painted.
 
         Raises:
-            UserError: If nothing is painted.
+            UserError: If no slice is marked as labelled, or nothing is painted.
         """
+        if not any(case.statuses for case in cases):
+            raise UserError("no slice is marked as labelled; mark at least one as complete, partial or empty")
         names = dict(names or {})
-        values = {int(v) for case in cases for z in case.statuses for v in np.unique(case.labels[z])}
-        values = (values | set(names)) - {0}
+        values = (set(names) or painted_values(cases)) - {0}
         if not values:
             raise UserError("no class is painted on the labelled slices; paint at least one structure")
         labels = [ClassLabel(0, names.get(0, "background"))]
@@ -133,10 +140,8 @@ def check_learnable(labels: Sequence[NDArray[np.int64]], classes: ClassMap) -> N
         classes: Their meaning.
 
     Raises:
-        UserError: If nothing is labelled, or only one class.
+        UserError: If nothing is known, or only one class.
     """
-    if not labels:
-        raise UserError("no slice is marked as labelled; mark at least one as complete, partial or empty")
     known = sorted({int(value) for slice_labels in labels for value in np.unique(slice_labels)} - {IGNORED})
     if not known:
         raise UserError("the labelled slices are partial and nothing is painted on them; paint something")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kaf_model.attention import AttentionBlock, PackedKeypoints, PositionEncoder
+from kaf_model.precision import full_precision
 
 _ABSENT = -1e9
 
@@ -71,10 +72,41 @@ def log_optimal_transport(
         log P-bar (P, N + 1, M + 1): rows of valid keypoints sum to 1, the bins to the size of the other
         set. Meaningless where padding is.
     """
+    scores, bin_score = scores.float(), bin_score.float()
+    if scores.device.type == "cpu" and not (valid0.all() and valid1.all()):
+        return _transport_each(scores, bin_score, valid0, valid1, iterations)
+    return _transport_padded(scores, bin_score, valid0, valid1, iterations)
+
+
+def _transport_each(
+    scores: Tensor, bin_score: Tensor, valid0: Tensor, valid1: Tensor, iterations: int
+) -> Tensor:
+    """Pair after pair, each without its padding: on CPUs most of the time would go into padding."""
+    _, num0, num1 = scores.shape
+    assignments = []
+    for pair_scores, pair_valid0, pair_valid1 in zip(scores, valid0, valid1, strict=True):
+        rows, columns = pair_valid0.nonzero()[:, 0], pair_valid1.nonzero()[:, 0]
+        transported = _transport_padded(
+            pair_scores[rows[:, None], columns][None],
+            bin_score,
+            valid0.new_ones(1, len(rows)),
+            valid1.new_ones(1, len(columns)),
+            iterations,
+        )[0]
+        rows = torch.cat([rows, rows.new_tensor([num0])])
+        columns = torch.cat([columns, columns.new_tensor([num1])])
+        padded = transported.new_zeros(num0 + 1, num1 + 1)
+        assignments.append(padded.index_put((rows[:, None], columns), transported))
+    return torch.stack(assignments)
+
+
+def _transport_padded(
+    scores: Tensor, bin_score: Tensor, valid0: Tensor, valid1: Tensor, iterations: int
+) -> Tensor:
+    """All pairs at once under masks."""
     pairs, num0, num1 = scores.shape
-    scores = scores.float()
-    with_bins = torch.cat([scores, bin_score.float().expand(pairs, num0, 1)], dim=2)
-    with_bins = torch.cat([with_bins, bin_score.float().expand(pairs, 1, num1 + 1)], dim=1)
+    with_bins = torch.cat([scores, bin_score.expand(pairs, num0, 1)], dim=2)
+    with_bins = torch.cat([with_bins, bin_score.expand(pairs, 1, num1 + 1)], dim=1)
     real0 = torch.cat([valid0, valid0.new_ones(pairs, 1)], dim=1)
     real1 = torch.cat([valid1, valid1.new_ones(pairs, 1)], dim=1)
     with_bins = with_bins.masked_fill(~(real0[:, :, None] & real1[:, None, :]), _ABSENT)
@@ -157,7 +189,8 @@ class Matcher(nn.Module):
             # Both directions in one call: every slice attends to its partner as it was before the call.
             features = cross_block(features, keypoints, partners.rows(features), partners.keypoints)
         padded = keypoints.pad(self.projection(features)).float()  # (2 P, N, E)
-        scores = padded[:pairs] @ padded[pairs:].transpose(1, 2) / padded.shape[-1] ** 0.5
+        with full_precision(padded.device):
+            scores = padded[:pairs] @ padded[pairs:].transpose(1, 2) / padded.shape[-1] ** 0.5
         valid0, valid1 = keypoints.valid[:pairs], keypoints.valid[pairs:]
         return Matches(
             log_optimal_transport(scores, self.bin_score, valid0, valid1, iterations=self.iterations),

@@ -6,9 +6,10 @@ SyncBatchNorm needs a GPU; these run on gloo too, so that training on many machi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.distributed import nn as distributed_nn
 from torch.nn import functional
 
 
@@ -25,7 +26,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     """Sum a tensor over all processes, gradients included; the tensor itself when there is one."""
     if not is_distributed():
         return value
-    summed: Tensor = distributed_nn.functional.all_reduce(value)  # type: ignore[no-untyped-call]
+    summed: Tensor = _Sum.apply(value)  # type: ignore[no-untyped-call]
     return summed
 
 
@@ -36,8 +37,43 @@ def gather_over_ranks(value: Tensor) -> Tensor:
     """
     if not is_distributed():
         return value
-    parts = distributed_nn.functional.all_gather(value)  # type: ignore[no-untyped-call]
-    return torch.cat(parts)
+    gathered: Tensor = _Gather.apply(value)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _Sum(torch.autograd.Function):
+    """What is summed forward is used on every process, so its gradients are summed backward."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        summed = value.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(summed)
+        return summed
+
+
+class _Gather(torch.autograd.Function):
+    """Every process reads all rows, so each row's gradients are summed over processes backward."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        context.num_rows = len(value)
+        value = value.contiguous()
+        parts = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, value)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(summed)
+        start = torch.distributed.get_rank() * context.num_rows
+        return summed[start : start + context.num_rows]
 
 
 class BatchNorm(nn.BatchNorm2d):

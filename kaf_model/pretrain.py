@@ -127,8 +127,8 @@ def pretrain(
 ) -> Generator[Progress, None, PretrainResult]:
     """Pretrain an encoder on unlabelled volumes.
 
-    Can be closed at any yield: with `output`, a usable checkpoint and what is needed to resume are then
-    written.
+    Can be closed at any yield: with `output`, once a step is done, a usable checkpoint and what is needed to
+    resume are then written.
 
     Args:
         config: Architecture.
@@ -157,6 +157,10 @@ def pretrain(
     files = RunFiles(output)
     files.check(resume)
     fabric = fabric or make_fabric(device)
+    if training.batch_size % fabric.world_size:
+        raise UserError(
+            f"batch_size {training.batch_size} must divide by the {fabric.world_size} processes that share it"
+        )
     prepared = yield from prepare_volumes(volumes, slices, keypoints, cache=cache)
     pairs = PretrainingPairs(
         prepared,
@@ -179,6 +183,7 @@ def pretrain(
         "training": training.model_dump(mode="json", exclude={"checkpoint_every"}),
         "model": config.model_dump(mode="json"),
         "slices": slices.model_dump(mode="json"),
+        "keypoints": keypoints.model_dump(mode="json"),
         "volumes": [volume.name for volume in prepared],
     }
     if resume:

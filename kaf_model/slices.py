@@ -165,13 +165,13 @@ class Slices:
         return chosen
 
 
-def pad_to_multiple(tensor: torch.Tensor, divisor: int, value: float = 0.0) -> torch.Tensor:
-    """Pad at the bottom and the right until both sides divide by the divisor.
+def pad_to_multiple(images: torch.Tensor, divisor: int) -> torch.Tensor:
+    """Repeat the bottom row and the right column until both sides divide by the divisor, as training does.
 
-    Shape: (..., H, W) -> (..., H', W').
+    Shape: (B, C, H, W) -> (B, C, H', W').
     """
-    bottom, right = -tensor.shape[-2] % divisor, -tensor.shape[-1] % divisor
-    return functional.pad(tensor, (0, right, 0, bottom), value=value) if bottom or right else tensor
+    bottom, right = -images.shape[-2] % divisor, -images.shape[-1] % divisor
+    return functional.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
 
 
 def crop_to(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -41,7 +41,7 @@ class RunFiles:
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # several processes may try at once
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.output.parent}: {error.strerror}; choose another place"
@@ -50,20 +50,22 @@ class RunFiles:
     def keep_saved(
         self, trainer: Trainer, steps: Iterator[Progress], save: Callable[[], None]
     ) -> Iterator[Progress]:
-        """Pass progress on, saving every so often, and whenever the training ends before its budget does.
+        """Pass progress on, saving every so often, and whenever it ends before the training is over.
 
-        The training ends early when the consumer closes it, when it fails, or when a key interrupts it;
+        It ends early when the consumer closes it, when it fails, or when a key interrupts it;
         what is saved is then the state after the last complete step.
         """
         last = time.monotonic()
+        exhausted = False
         try:
             for progress in steps:
                 yield progress
                 if time.monotonic() - last > trainer.config.checkpoint_every:
                     save()
                     last = time.monotonic()
+            exhausted = True
         finally:
-            if not trainer.finished and trainer.state.step:
+            if not exhausted and trainer.state.step:
                 save()
 
 

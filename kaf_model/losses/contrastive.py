@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kaf_model.precision import full_precision
+
 
 def positional_contrastive_loss(
     embeddings: Tensor, slice_position: Tensor, *, temperature: float, position_threshold: float
@@ -25,7 +27,8 @@ def positional_contrastive_loss(
         Scalar mean over anchors of Eq. 1.
     """
     unit = functional.normalize(embeddings.float(), dim=1)
-    similarity = unit @ unit.T / temperature
+    with full_precision(unit.device):  # similar slices differ in the third digit
+        similarity = unit @ unit.T / temperature
     itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
     log_share = similarity - similarity.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
     distance = (slice_position[:, None] - slice_position[None, :]).abs()

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from kaf_model.attention import AttentionBlock, PackedKeypoints, PositionEncoder
+from kaf_model.attention import (
+    AttentionBlock,
+    PackedKeypoints,
+    PositionEncoder,
+    attend_each,
+    attend_padded,
+)
 
 COUNTS0, COUNTS1 = [4, 0, 1, 6, 3], [2, 3, 0, 6, 0]
 
@@ -64,7 +70,7 @@ def test_an_example_to_check_by_eye():
     assert keypoints.positions.tolist() == [[1, 2], [3, 4], [5, 6]]
     assert keypoints.image.tolist() == [0, 1, 1]
     assert not keypoints.full
-    assert keypoints.counts().tolist() == [1, 2]
+    assert keypoints.counts == [1, 2]
     assert keypoints.mean(keypoints.positions).tolist() == [[1, 2], [4, 5]]
 
 
@@ -132,3 +138,28 @@ def test_position_code_is_relative_to_the_middle_and_scaled():
     middle = torch.tensor([24.0, 32.0])
     code = encoder(torch.tensor([[24.0, 32.0], [24.0 + 44.8, 32.0]]), middle, 64.0)
     assert torch.allclose(code, encoder.mlp(torch.tensor([[0.0, 0.0], [1.0, 0.0]])), atol=1e-6)
+
+
+def test_slices_one_by_one_attend_as_the_padded_batch_does() -> None:
+    keypoints, source = packed([3, 0, 5, 1, 2]), packed([2, 4, 0, 6, 1])
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(len(keypoints), 8, generator=generator, requires_grad=True)
+    key, value = (torch.randn(len(source), 8, generator=generator, requires_grad=True) for _ in range(2))
+    results = []
+    for way in (attend_each, attend_padded):
+        message = way(query, key, value, keypoints, source, heads=2)
+        gradients = torch.autograd.grad(message.square().sum(), (query, key, value))
+        results.append((message, *gradients))
+    for each, padded in zip(*results, strict=True):
+        torch.testing.assert_close(each, padded)
+    assert (results[0][0][keypoints.image == 2] == 0).all()  # there is nothing to attend to
+
+
+@pytest.mark.parametrize("counts", [[4, 4], [3, 0, 5]])
+def test_attention_in_bfloat16_is_near_that_in_float32(counts: list[int]) -> None:
+    keypoints = packed(counts)
+    rows = [torch.randn(len(keypoints), 16, generator=torch.Generator().manual_seed(s)) for s in range(3)]
+    exact = attend_padded(*rows, keypoints, keypoints, heads=4)
+    for way in (attend_each, attend_padded):
+        rounded = way(*(x.bfloat16() for x in rows), keypoints, keypoints, heads=4)
+        torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)

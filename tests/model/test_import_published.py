@@ -49,7 +49,11 @@ def segmentation():
 @pytest.fixture(scope="module")
 def pretraining():
     torch.manual_seed(1)
-    return randomised(PretrainingReference(f=4, blocks=2, width=32, diffusion=16, projection=24))
+    network = randomised(PretrainingReference(f=4, blocks=2, width=32, diffusion=16, projection=24))
+    network.superglue.final_proj.weight.data.mul_(
+        0.1
+    )  # scores of about one, which the transport does not magnify
+    return network
 
 
 @torch.no_grad()
@@ -99,12 +103,13 @@ def test_pretraining_heads_and_matcher(pretraining, tmp_path):
     assert torch.allclose(network.bottleneck_head(encoded.bottleneck), c, atol=1e-4)
     projected = network.keypoint_projection(torch.cat(encoded.keypoint_features, dim=1))
     assert torch.allclose(network.keypoint_head(projected, encoded.keypoints), g, atol=1e-4)
+    assert 0.1 < scores.std() < 3
     matches = network.matcher(projected, encoded.keypoints, (64, 64))
     everything = torch.ones(2, 12, dtype=torch.bool)
     expected = log_optimal_transport(
         scores, pretraining.superglue.bin_score, everything, everything, iterations=100
     )
-    assert torch.allclose(matches.log_assignment, expected, atol=1e-4)
+    assert torch.allclose(matches.log_assignment, expected, atol=1e-3)
 
 
 @torch.no_grad()

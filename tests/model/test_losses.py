@@ -242,3 +242,13 @@ def test_nothing_labelled_costs_nothing():
     loss.backward()
     assert loss == 0
     assert not logits.grad.any()
+
+
+def test_contrast_keeps_full_precision_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(1, 16, generator=generator) + 0.02 * torch.randn(6, 16, generator=generator)
+    position = torch.linspace(0, 1, 6)
+    exact = positional_contrastive_loss(embeddings, position, temperature=0.1, position_threshold=0.35)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = positional_contrastive_loss(embeddings, position, temperature=0.1, position_threshold=0.35)
+    assert mixed == exact

@@ -5,7 +5,13 @@ import torch
 
 from kaf_model.attention import PackedKeypoints
 from kaf_model.losses import matching_loss
-from kaf_model.matching import Matcher, _LogSinkhorn, log_optimal_transport
+from kaf_model.matching import (
+    Matcher,
+    _LogSinkhorn,
+    _transport_each,
+    _transport_padded,
+    log_optimal_transport,
+)
 
 SIZE = (48, 64)
 
@@ -226,3 +232,20 @@ def test_matching_learns_to_match():
     assert losses[-1] < 0.2 * losses[0]
     best = module(rows, keypoints, SIZE).log_assignment[0, :-1].argmax(1)
     assert torch.equal(best, matches0[0])
+
+
+def test_pairs_one_by_one_are_transported_as_the_padded_batch_is():
+    generator = torch.Generator().manual_seed(3)
+    valid0 = torch.tensor([[True] * 4, [True, False, True, False], [False] * 4])
+    valid1 = torch.tensor([[True, True, False], [True] * 3, [True, False, False]])
+    results = []
+    for way in (_transport_each, _transport_padded):
+        scores = torch.randn(3, 4, 3, generator=generator.manual_seed(3), requires_grad=True)
+        bin_score = torch.tensor(0.5, requires_grad=True)
+        assignment = way(scores, bin_score, valid0, valid1, 20)
+        real0 = torch.cat([valid0, torch.ones(3, 1, dtype=torch.bool)], 1)
+        real1 = torch.cat([valid1, torch.ones(3, 1, dtype=torch.bool)], 1)
+        kept = assignment[real0[:, :, None] & real1[:, None, :]]
+        results.append((kept, *torch.autograd.grad(kept.exp().square().sum(), (scores, bin_score))))
+    for each, padded in zip(*results, strict=True):
+        torch.testing.assert_close(each, padded, atol=1e-5, rtol=1e-4)

@@ -160,14 +160,17 @@ def test_wrong_requests_are_answered():
         slices.to_source(torch.zeros(1, 2, 64, 112))
 
 
-def test_padding_is_at_the_bottom_and_right_and_comes_off():
-    maps = torch.arange(2 * 3 * 5.0).reshape(2, 3, 5)
-    padded = pad_to_multiple(maps, 4, value=-1.0)
-    assert padded.shape == (2, 4, 8)
+def test_padding_repeats_the_bottom_and_right_edge_and_comes_off():
+    maps = torch.arange(2 * 3 * 5.0).reshape(1, 2, 3, 5)
+    padded = pad_to_multiple(maps, 4)
+    assert padded.shape == (1, 2, 4, 8)
     assert torch.equal(crop_to(padded, (3, 5)), maps)
-    assert (padded[:, 3:] == -1).all()
-    assert (padded[:, :, 5:] == -1).all()
+    assert padded[0, 0].tolist() == [
+        [0, 1, 2, 3, 4, 4, 4, 4],
+        [5, 6, 7, 8, 9, 9, 9, 9],
+        [10, 11, 12, 13, 14, 14, 14, 14],
+        [10, 11, 12, 13, 14, 14, 14, 14],
+    ]
     assert pad_to_multiple(padded, 4) is padded
-    assert pad_to_multiple(torch.ones(3, 5, dtype=torch.int64), 2, value=-100).tolist()[3] == [-100] * 6
     with pytest.raises(ValueError, match="cannot crop"):
         crop_to(maps, (4, 5))
