@@ -7,6 +7,7 @@ from typing import Any
 from napari.settings import get_plugin_settings
 
 PLUGIN = "napari-kaf"
+DEVICES = ("auto", "cpu", "cuda", "mps")  # as the engine names them, which only a worker may ask
 _SECTION = "training"
 
 

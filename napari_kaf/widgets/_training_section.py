@@ -36,12 +36,10 @@ from napari_kaf._jobs import Job, Report
 from napari_kaf._keys import with_key
 from napari_kaf._models import SCRATCH
 from napari_kaf._runs import Run
-from napari_kaf._settings import description, settings
+from napari_kaf._settings import DEVICES, description, settings
 from napari_kaf.widgets._curve import LiveCurve
 from napari_kaf.widgets._model_box import ModelBox
 from napari_kaf.widgets._panel import Life, answering, heading, words
-
-DEVICE_NAMES = ("auto", "cpu", "cuda", "mps")
 
 
 class TrainingSection(QWidget):
@@ -85,7 +83,7 @@ class TrainingSection(QWidget):
         self.minutes.setDecimals(1)
         self.minutes.setValue(kept.minutes)
         self.device = QComboBox()
-        self.device.addItems(DEVICE_NAMES)
+        self.device.addItems(DEVICES)
         self.device.setCurrentText(kept.device)
         self.hold_out = QCheckBox("measure Dice on held-out slices")
         self.hold_out.setChecked(kept.hold_out)

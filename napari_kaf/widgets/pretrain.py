@@ -31,7 +31,7 @@ from napari_kaf._pretrain_task import (
     trial_task,
 )
 from napari_kaf._sample_data import sample_folder, write_samples
-from napari_kaf._settings import description, settings
+from napari_kaf._settings import DEVICES, description, settings
 from napari_kaf.widgets._curve import LiveCurve
 from napari_kaf.widgets._job_row import JobRow
 from napari_kaf.widgets._pair_view import PairView
@@ -132,7 +132,7 @@ class PretrainWidget(Panel):
         self.preset.setToolTip("Size of the network and settings of the training")
         self.steps = spin_box(PretrainConfig, "steps")
         self.device = QComboBox()
-        self.device.addItems(["auto", "cpu", "cuda", "mps"])
+        self.device.addItems(DEVICES)
         self.device.setCurrentText(settings().device)
         self.device.setToolTip(description("device"))
         self.name = QLineEdit("pretrained")

@@ -29,7 +29,7 @@ def labelled(open_panel, small_heart, truth):
 
 
 def finish(panel, qtbot) -> None:
-    qtbot.waitUntil(lambda: not panel.session.busy, timeout=120_000)
+    qtbot.waitUntil(lambda: not panel.session.busy, timeout=300_000)
 
 
 def test_it_opens_in_under_a_second_once_napari_is_up(make_napari_viewer, plugin_home, nothing_left):
@@ -109,7 +109,7 @@ def test_cancel_stops_soon_and_keeps_the_best_so_far(labelled, qtbot):
     _viewer, panel = labelled
     panel.training.minutes.setValue(60)
     panel.training.button.click()
-    qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=120_000)
+    qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=300_000)
     panel.training.button.click()
     assert not panel.training.button.isEnabled()
     finish(panel, qtbot)
@@ -123,7 +123,7 @@ def test_closing_the_panel_ends_the_training(labelled, qtbot):
     viewer, panel = labelled
     panel.training.minutes.setValue(60)
     panel.training.button.click()
-    qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=120_000)
+    qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=300_000)
     worker = panel.life.job._worker
     viewer.window.remove_dock_widget("all")
     qtbot.waitUntil(lambda: not worker.is_running, timeout=20_000)
@@ -201,3 +201,55 @@ def test_the_strip_goes_where_it_is_clicked(labelled, qtbot):
     assert panel.session.slice == 2
     panel.ledger.next.click()
     assert panel.session.slice == 3
+
+
+def test_closing_the_viewer_ends_the_training_and_keeps_the_strokes(labelled, qtbot):
+    viewer, panel = labelled
+    panel.training.minutes.setValue(60)
+    panel.training.button.click()
+    qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=300_000)
+    worker, volume_path = panel.life.job._worker, panel.session.opened.path
+    panel.session.labels.data_setitem((np.array([2]), np.array([9]), np.array([9])), 1)
+    viewer.close()
+    qtbot.waitUntil(lambda: not worker.is_running, timeout=20_000)
+    with np.load(volume_path.parent / "heart_003.kaf-labels.npz") as kept:
+        assert kept["labels"][2, 9, 9] == 1
+
+
+def test_the_wheel_scrolls_and_changes_no_value(labelled, qtbot):
+    _viewer, panel = labelled
+    panel.show()
+    from qtpy.QtCore import QPoint, QPointF, Qt
+    from qtpy.QtGui import QWheelEvent
+    from qtpy.QtWidgets import QApplication
+
+    panel.training.minutes.clearFocus()
+    turn = QWheelEvent(
+        QPointF(5, 5),
+        QPointF(5, 5),
+        QPoint(0, 0),
+        QPoint(0, -120),
+        Qt.MouseButton.NoButton,
+        Qt.KeyboardModifier.NoModifier,
+        Qt.ScrollPhase.NoScrollPhase,
+        False,
+    )
+    before = panel.training.minutes.value()
+    QApplication.sendEvent(panel.training.minutes, turn)
+    assert panel.training.minutes.value() == before
+
+
+def test_a_class_that_is_not_painted_is_not_trained(labelled, monkeypatch):
+    _viewer, panel = labelled
+    panel.session.add_class("never painted")
+    asked: list[FinetuneRequest] = []
+
+    def ask(request: FinetuneRequest, control: object):
+        asked.append(request)
+        yield from ()
+        raise UserError("enough")
+
+    monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", ask)
+    panel.training.start()
+    time.sleep(0.2)
+    assert asked[0].class_names == {1: "structure"}

@@ -38,7 +38,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def finish(panel, qtbot) -> None:
-    qtbot.waitUntil(lambda: not panel.session.busy, timeout=120_000)
+    qtbot.waitUntil(lambda: not panel.session.busy, timeout=300_000)
 
 
 def test_segment_without_a_model_says_so(open_panel, notifications):
@@ -130,7 +130,7 @@ def test_pretrain_cancel_resume_finish(pretrain_panel, qtbot, notifications):
     panel = pretrain_panel
     panel.steps.setValue(3)
     panel.row.button.click()
-    qtbot.waitUntil(lambda: len(panel.curve.points("pcl")) >= 1, timeout=120_000)
+    qtbot.waitUntil(lambda: len(panel.curve.points("pcl")) >= 1, timeout=300_000)
     panel.pause.click()
     panel.row.button.click()  # cancels, also while it is paused
     finish(panel, qtbot)
