@@ -6,8 +6,6 @@ a timer of theirs, and turns what happened in the layers into states of the ledg
 
 from __future__ import annotations
 
-import threading
-import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +17,7 @@ from psygnal import Signal
 
 from kaf_model.errors import UserError
 from napari_kaf import _layers
+from napari_kaf._autosave import Autosave
 from napari_kaf._classes import ClassEntry, default_color, entries_of, free_value
 from napari_kaf._ledger import Cell, Ledger
 from napari_kaf._runs import Run, RunStore
@@ -27,8 +26,6 @@ from napari_kaf._sidecar import Sidecar, Snapshot
 if TYPE_CHECKING:
     from napari.components import ViewerModel
     from napari.layers import Image, Labels
-
-SAVE_AFTER = 3.0  # seconds from the first unsaved change
 
 
 class Session:
@@ -69,8 +66,7 @@ class Session:
         self.offer: Snapshot | None = None
         self.busy = ""
         self._spacings: dict[str, tuple[float, ...]] = {}
-        self._sidecar: Sidecar | None = None
-        self._owners: dict[str, Labels] = {}  # whose labels the sidecar of a volume holds
+        self._autosave = Autosave()
         self._ledgers: weakref.WeakKeyDictionary[Labels, tuple[Ledger, list[ClassEntry]]]
         self._ledgers = weakref.WeakKeyDictionary()
         self._unwatch: Callable[[], None] = lambda: None
@@ -79,10 +75,6 @@ class Session:
         self._seen_brush = 0
         self._checksums: list[int] = []
         self._before_accept: dict[int, tuple[int, Cell, int]] = {}
-        self._unsaved_since: float | None = None
-        self._saving: threading.Thread | None = None
-        self._save_messages: list[tuple[bool, str]] = []
-        self._fallback_named = False
 
     @property
     def viewer(self) -> ViewerModel:
@@ -104,7 +96,8 @@ class Session:
             return
         self.flush()
         self._leave_labels()
-        self.opened, self._sidecar, self.offer, self.store = None, None, None, None
+        self.opened, self.offer, self.store = None, None, None
+        self._autosave.follow(None)
         self.runs, self.result, self.result_labels = [], None, None
         try:
             if layer is not None:
@@ -174,16 +167,16 @@ class Session:
         self._remember_ledger()
         self._show_predicted()
         assert self.labels is not None
-        self._owners[self._volume_key()] = self.labels
+        self._autosave.owned_by(self.labels)
         self.classes_changed.emit()
         self.ledger_changed.emit()
         self.offer_changed.emit()
 
     def decline_offer(self) -> None:
         """Start afresh; the saved work is renamed, not deleted."""
-        assert self._sidecar is not None
+        assert self._autosave.sidecar is not None
         self.offer = None
-        self._sidecar.set_aside()
+        self._autosave.sidecar.set_aside()
         self.offer_changed.emit()
 
     # --- classes -----------------------------------------------------------------------------------------
@@ -348,20 +341,18 @@ class Session:
         if self._touched and self.labels is not None:
             self._touched = False
             self._compare_labels()
-        if self._unsaved_since is not None and time.monotonic() - self._unsaved_since >= SAVE_AFTER:
-            self._save_in_background()
-        while self._save_messages:
-            warning, message = self._save_messages.pop(0)
-            (self.warned if warning else self.told).emit(message)
+        if self._autosave.due:
+            self._save()
+        for message in self._autosave.messages():
+            self.warned.emit(message)
 
     def flush(self) -> None:
         """Save now whatever is not saved, and wait for it."""
         if self.labels is not None and self._viewer() is not None:
             self._compare_labels()
-        if self._unsaved_since is not None:
-            self._save_in_background()
-        if self._saving is not None:
-            self._saving.join()
+        if self._autosave.pending:
+            self._save()
+        self._autosave.wait()
 
     def close(self) -> None:
         """Save, and let go of the layers."""
@@ -407,8 +398,7 @@ class Session:
         if self.labels is not None and self.labels not in viewer.layers:
             name = self.labels.name
             self.choose_labels(None)  # saves
-            if self._sidecar is not None:
-                self.offer = self._sidecar.load()
+            self._look_for_saved_work()
             self.told.emit(f"{name} was deleted; what was drawn on it can be restored")
             self.offer_changed.emit()
         if self.opened is not None and self.opened.layer not in viewer.layers:
@@ -429,22 +419,26 @@ class Session:
             name = f"{self.opened.volume.name}-frame{frame}"
         else:
             name = self.opened.volume.name
-        self._sidecar = Sidecar(source, name, self.opened.volume.array)
-        self._fallback_named = False
-        self.store = RunStore(self._sidecar.key)
+        sidecar = Sidecar(source, name, self.opened.volume.array)
+        self._autosave.follow(sidecar)
+        self.store = RunStore(sidecar.key)
         self.runs = self.store.runs()
-        try:
-            self.offer = self._sidecar.load()
-        except UserError as error:
-            self.warned.emit(str(error))
+        self._look_for_saved_work()
         given = self._spacings.get(self._volume_key()) or (self.offer.spacing if self.offer else None)
         if given and not self.opened.spacing_known:
             self._spacings[self._volume_key()] = given
             self.opened = _layers.open_volume(layer, given)
 
     def _volume_key(self) -> str:
-        assert self._sidecar is not None
-        return self._sidecar.key
+        assert self._autosave.sidecar is not None
+        return self._autosave.sidecar.key
+
+    def _look_for_saved_work(self) -> None:
+        if self._autosave.sidecar is not None:
+            try:
+                self.offer = self._autosave.sidecar.load()
+            except UserError as error:
+                self.warned.emit(str(error))
 
     def _remember_ledger(self) -> None:
         assert self.labels is not None
@@ -465,23 +459,24 @@ class Session:
         found = []
         if self.result_labels is not None and len(self.ledger) == len(self.result_labels):
             found = np.flatnonzero(self.result_labels.any(axis=(1, 2))).tolist()
-        unsaved = self._unsaved_since
+        self.ledger.changed.disconnect(self._ledger_changed)
         self.ledger.set_predicted(found)
-        self._unsaved_since = unsaved
+        self.ledger.changed.connect(self._ledger_changed)
+        self.ledger_changed.emit()
 
     def _leave_labels(self) -> None:
         self._unwatch()
         self._unwatch = lambda: None
         self._touched = False
-        self._unsaved_since = None
+        self._autosave.forget_changes()
         self._before_accept = {}
 
     def _touch(self, event: object = None) -> None:
         self._touched = True
 
     def _changed(self) -> None:
-        if self.labels is not None and self._unsaved_since is None:
-            self._unsaved_since = time.monotonic()
+        if self.labels is not None:
+            self._autosave.changed()
 
     def _compare_labels(self) -> None:
         """Find the slices whose paint changed, and what that makes of them."""
@@ -513,34 +508,11 @@ class Session:
             if new:
                 self.set_classes([*self.classes, *entries_of({}, new)])
 
-    def _take_sidecar(self, sidecar: Sidecar, labels: Labels) -> None:
-        """Before the first write of a layer: keep what the file holds of another one, or of an earlier session."""
-        if self._owners.get(sidecar.key) is not labels:
-            sidecar.set_aside()
-            self._owners[sidecar.key] = labels
-
-    def _save_in_background(self) -> None:
-        if self.labels is None or self._sidecar is None:
-            return
-        if self._saving is not None and self._saving.is_alive():
-            self._saving.join()
-        self._unsaved_since = None
-        self._take_sidecar(self._sidecar, self.labels)
-        given = self._spacings.get(self._volume_key())
-        snapshot = Snapshot(_layers.stack(self.labels).copy(), self.ledger.states, tuple(self.classes), given)
-        self._saving = threading.Thread(target=self._save, args=(self._sidecar, snapshot), daemon=False)
-        self._saving.start()
-
-    def _save(self, sidecar: Sidecar, snapshot: Snapshot) -> None:
-        try:
-            path = sidecar.save(snapshot)
-        except UserError as error:
-            self._save_messages.append((True, str(error)))
-            return
-        wanted = self.opened.path.parent if self.opened is not None and self.opened.path else None
-        if wanted is not None and path.parent != wanted and not self._fallback_named:
-            self._fallback_named = True
-            self._save_messages.append((True, f"{wanted} cannot be written; the labels are saved as {path}"))
+    def _save(self) -> None:
+        if self.labels is not None:
+            given = self._spacings.get(self._volume_key())
+            array = _layers.stack(self.labels).copy()
+            self._autosave.save(Snapshot(array, self.ledger.states, tuple(self.classes), given), self.labels)
 
 
 _sessions: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()

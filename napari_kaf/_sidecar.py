@@ -72,9 +72,9 @@ class Sidecar:
         )
 
     @property
-    def in_own_folder(self) -> bool:
-        """Whether the volume lies in a folder, so that the file is wanted there."""
-        return len(self._places) > 1
+    def wanted_folder(self) -> Path | None:
+        """Where the file should lie: the volume's folder, if it has one."""
+        return self._places[0].parent if len(self._places) > 1 else None
 
     def load(self) -> Snapshot | None:
         """Return what was kept of this very volume, the newest if there are several; None if nothing.

@@ -8,7 +8,7 @@ from napari.components import ViewerModel
 
 from kaf_model.errors import UserError
 from kaf_model.volume import Volume
-from napari_kaf import _layers, _session
+from napari_kaf import _autosave, _layers
 from napari_kaf._ledger import Cell
 from napari_kaf._runs import Run
 from napari_kaf._session import Session, session_for
@@ -140,12 +140,12 @@ def test_rejecting_removes_the_layer(session, viewer):
 
 
 def test_strokes_are_saved_within_seconds_and_come_back_after_a_crash(session, viewer, monkeypatch):
-    monkeypatch.setattr(_session, "SAVE_AFTER", 0.0)
+    monkeypatch.setattr(_autosave, "SAVE_AFTER", 0.0)
     paint(session, 2)
     session.mark(Cell.COMPLETE, [2])
     session.add_class("valve")
     session.poll()
-    session._saving.join()
+    session._autosave.wait()
     # The program is killed here: nothing is told to the session. Another one opens the same volume.
     other = ViewerModel()
     volume = session.opened.volume
@@ -180,7 +180,7 @@ def test_work_that_was_not_restored_is_set_aside_before_it_is_overwritten(sessio
 def test_saving_takes_less_than_the_promised_ten_seconds():
     from napari_kaf._pulse import INTERVAL
 
-    assert _session.SAVE_AFTER + INTERVAL / 1000 < 9
+    assert _autosave.SAVE_AFTER + INTERVAL / 1000 < 9
 
 
 def test_a_deleted_label_layer_can_be_restored(session, viewer):
@@ -256,3 +256,23 @@ def test_a_second_volume_has_labels_of_its_own(session, viewer):
     assert session.labels is first_labels
     assert session.ledger.states[1] is Cell.PARTIAL
     assert session.offer is None
+
+
+def test_what_cannot_be_saved_is_told_once_and_tried_again(session, monkeypatch):
+    from napari_kaf._sidecar import Sidecar
+
+    def full(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    said = []
+    session.warned.connect(said.append)
+    with monkeypatch.context() as broken:
+        broken.setattr(Sidecar, "_write", full)
+        for z in (0, 1):
+            paint(session, z)
+            session.flush()
+            session.poll()
+    assert len(said) == 1
+    assert "No space left" in said[0]
+    session.flush()  # still pending, and there is room again
+    assert session._autosave.sidecar.load().num_marked == 2
