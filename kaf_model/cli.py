@@ -159,7 +159,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("demo-output"),
     time_budget: Annotated[
         str, typer.Option("--time-budget", metavar="90s|10m|2h", help="Time for the three trainings.")
-    ] = "150s",
+    ] = "3m",
     seed: Annotated[int, typer.Option("--seed", help="Seed of weights and sampling.")] = 0,
     device: options.Device = "auto",
 ) -> None:
@@ -513,6 +513,12 @@ def import_weights(
         Path, typer.Argument(metavar="FILE.pth", help="Weights of the published implementation.")
     ],
     output: OutputFile,
+    num_classes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-classes", help="Classes with background, for a pretraining checkpoint: it has none."
+        ),
+    ] = None,
 ) -> None:
     """Convert weights of the published implementation into a checkpoint."""
     from kaf_model.checkpoint import save_checkpoint
@@ -520,7 +526,7 @@ def import_weights(
     from kaf_model.training_files import RunFiles
 
     RunFiles(output).check(resume=False)
-    checkpoint = import_published(file)
+    checkpoint = import_published(file, num_classes=num_classes)
     save_checkpoint(output, checkpoint)
     Output().line(
         f"wrote {output}: {checkpoint.kind}, {len(checkpoint.weights)} tensors; see kaf info {output}"

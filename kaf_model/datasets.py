@@ -1,17 +1,13 @@
-"""Training data: volumes as slices with keypoints, and batches of augmented views made from them.
+"""The batch of each step: augmented views of slices.
 
-A volume is resampled, normalised and searched for keypoints once. A batch is a pure function of its
-settings, the seed and the step, so nothing but the step number is needed to go on after a break.
+A batch is a pure function of the data, the settings, the seed and the step, so nothing but the step number
+is needed to go on after a break, and each of several processes makes its share of the joint batch.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import tempfile
-import weakref
-from collections.abc import Generator, Iterable, Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,200 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from kaf_model.augment import SpatialTransform
-from kaf_model.config import AugmentConfig, CorrespondenceConfig, KeypointConfig, SliceConfig
+from kaf_model.config import AugmentConfig, CorrespondenceConfig
 from kaf_model.correspondences import UNMATCHED, find_correspondences
 from kaf_model.engine import generator_for
-from kaf_model.errors import UserError
 from kaf_model.intensity import IntensityChange
-from kaf_model.keypoints import Detector, KeypointCache, Keypoints, iter_detect, make_detector
-from kaf_model.labels import ClassMap, LabelledVolume
 from kaf_model.losses import IGNORED
-from kaf_model.progress import Progress
-from kaf_model.slices import Slices
-from kaf_model.volume import Unreadable, Volume, scan_volumes
-
-IN_MEMORY_LIMIT = 2 * 2**30
-"""Bytes of prepared slices kept in memory; what comes after lies in a temporary file."""
-
-
-@dataclass(frozen=True)
-class PreparedVolume:
-    """A volume as the trainings read it.
-
-    Attributes:
-        name: The volume's name.
-        images: (Z, H, W) normalised slices, float16 to halve their memory.
-        keypoints: Keypoints of each slice.
-        positions: (Z,) slice positions, 0..1 along the body.
-        spacing: (z, y, x) mm of the source.
-        intensity: The values the volume was clipped at and scaled by.
-    """
-
-    name: str
-    images: NDArray[np.float16]
-    keypoints: Sequence[Keypoints]
-    positions: NDArray[np.float32]
-    spacing: tuple[float, float, float]
-    intensity: dict[str, float]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-
-class SliceStore:
-    """Where prepared slices lie: in memory up to a limit, then in temporary files that go with their array."""
-
-    def __init__(self, limit: int = IN_MEMORY_LIMIT) -> None:
-        self.room = limit
-
-    def empty(self, shape: tuple[int, ...]) -> NDArray[np.float16]:
-        """An array to be filled with slices."""
-        size = 2 * int(np.prod(shape))
-        if size <= self.room:
-            self.room -= size
-            return np.empty(shape, np.float16)
-        folder = tempfile.TemporaryDirectory(prefix="kaf-slices-", ignore_cleanup_errors=True)
-        array = np.lib.format.open_memmap(
-            Path(folder.name) / "slices.npy", mode="w+", dtype=np.float16, shape=shape
-        )
-        weakref.finalize(array, folder.cleanup)
-        return array
-
-
-def prepare_volumes(
-    volumes: Iterable[Volume | Unreadable | str | Path],
-    slices: SliceConfig,
-    keypoints: KeypointConfig,
-    *,
-    cache: KeypointCache | None = None,
-    store: SliceStore | None = None,
-) -> Generator[Progress, None, list[PreparedVolume]]:
-    """Prepare volumes one after the other; what cannot be used is named and passed over.
-
-    Args:
-        volumes: Volumes, or paths that are read here. They are taken one at a time, so that an iterable that
-            reads them when asked keeps only one in memory.
-        slices: Preprocessing.
-        keypoints: Detection.
-        cache: Keypoints found before; None detects all.
-        store: Where slices are kept.
-
-    Yields:
-        One report a batch of slices, and one for each volume that is passed over.
-
-    Returns:
-        The prepared volumes.
-
-    Raises:
-        UserError: If none can be used.
-    """
-    store = store or SliceStore()
-    detector = make_detector(keypoints)
-    total = len(volumes) if isinstance(volumes, Sized) else None
-    prepared: list[PreparedVolume] = []
-    passed_over: list[str] = []
-    for number, source in enumerate(volumes):
-        for volume in [source] if isinstance(source, (Volume, Unreadable)) else scan_volumes([source]):
-            if isinstance(volume, Unreadable):
-                passed_over.append(f"{volume.path.name}: {volume.reason}")
-                yield Progress("preparing", number + 1, total, message=f"passed over {passed_over[-1]}")
-                continue
-            slices_done = prepare_slices(volume, slices, detector, store=store, cache=cache)
-            prepared.append((yield from _reported(slices_done, number, total)))
-        yield Progress("preparing", number + 1, total)
-    if not prepared:
-        reasons = "; ".join(passed_over[:3]) or "there was none"
-        raise UserError(f"no volume can be used: {reasons}")
-    return prepared
-
-
-def _reported(
-    slices_done: Generator[int, None, PreparedVolume], number: int, total: int | None
-) -> Generator[Progress, None, PreparedVolume]:
-    """Report once for each batch of slices of volume `number` of `total`."""
-    while True:
-        try:
-            next(slices_done)
-        except StopIteration as done:
-            prepared: PreparedVolume = done.value
-            return prepared
-        yield Progress("preparing", number, total)
-
-
-def prepare_labelled(
-    cases: Sequence[LabelledVolume],
-    classes: ClassMap,
-    config: SliceConfig,
-    keypoints: KeypointConfig,
-    *,
-    cache: KeypointCache | None = None,
-) -> Generator[Progress, None, tuple[list[PreparedVolume], list[LabelledSlice]]]:
-    """Prepare the labelled slices of labelled volumes, and only those.
-
-    Yields:
-        One report a batch of slices.
-
-    Returns:
-        The volumes, each with its labelled slices only, and all labelled slices in order.
-    """
-    store, detector = SliceStore(), make_detector(keypoints)
-    volumes: list[PreparedVolume] = []
-    labelled: list[LabelledSlice] = []
-    for number, case in enumerate(cases):
-        indices = sorted(case.statuses)
-        if not indices:
-            continue
-        slices_done = prepare_slices(case.volume, config, detector, store=store, cache=cache, indices=indices)
-        volume = yield from _reported(slices_done, number, len(cases))
-        values = Slices(case.volume, config).labels(case.labels, indices)
-        for row, z in enumerate(indices):
-            where = f"slice {z} of {case.volume.name}"
-            channels = classes.channels(values[row], case.statuses[z], where)
-            labelled.append(LabelledSlice(volume.images[row], volume.keypoints[row].positions, channels))
-        volumes.append(volume)
-        yield Progress("preparing", number + 1, len(cases))
-    return volumes, labelled
-
-
-def prepare_slices(
-    volume: Volume,
-    config: SliceConfig,
-    detector: Detector,
-    *,
-    store: SliceStore,
-    cache: KeypointCache | None = None,
-    indices: Sequence[int] | None = None,
-) -> Generator[int, None, PreparedVolume]:
-    """Resample, normalise and search for keypoints the slices of one volume, all or some.
-
-    Yields:
-        Slices done, now and then.
-    """
-    stack = Slices(volume, config)
-    wanted = range(stack.num_slices) if indices is None else indices
-    images = store.empty((len(wanted), *stack.shape))
-    keypoints: list[Keypoints] = []
-    for start in range(0, len(wanted), 32):
-        chunk = stack.images(wanted[start : start + 32])
-        images[start : start + len(chunk)] = chunk
-        keypoints.extend(iter_detect(chunk, detector, cache=cache))
-        yield start + len(chunk)
-    intensity = dataclasses.asdict(stack.intensities)
-    return PreparedVolume(
-        volume.name, images, keypoints, stack.positions[list(wanted)], volume.spacing, intensity
-    )
-
-
-def statistics_of(volumes: Sequence[PreparedVolume]) -> dict[str, object]:
-    """Spacing and intensities of a set of volumes, for the header of a checkpoint."""
-    spacing = np.median([volume.spacing for volume in volumes], axis=0)
-    keys = volumes[0].intensity
-    return {
-        "num_volumes": len(volumes),
-        "num_slices": sum(len(volume) for volume in volumes),
-        "median_spacing_mm": [round(float(value), 4) for value in spacing],
-        "median_intensity": {key: float(np.median([v.intensity[key] for v in volumes])) for key in keys},
-    }
+from kaf_model.preparation import LabelledSlice, PreparedVolume
 
 
 class Views(NamedTuple):
@@ -460,21 +268,6 @@ def _compact_pairs(views: Views, matches0: Tensor, position: Tensor) -> Pretrain
     return PretrainingBatch(
         Views(views.images, keypoints, valid), position, torch.where(matched, moved, UNMATCHED)
     )
-
-
-@dataclass(frozen=True)
-class LabelledSlice:
-    """A slice to learn from.
-
-    Attributes:
-        image: (H, W) normalised.
-        keypoints: (N, 2) positions.
-        labels: (H, W) class indices, or IGNORED where nothing is known.
-    """
-
-    image: NDArray[np.float16]
-    keypoints: NDArray[np.float32]
-    labels: NDArray[np.int64]
 
 
 class LabelledSlices:

@@ -24,19 +24,13 @@ from kaf_model.checkpoint import (
     save_checkpoint,
 )
 from kaf_model.config import FinetuneConfig, KeypointConfig, ModelConfig, SliceConfig
-from kaf_model.datasets import (
-    LabelledBatch,
-    LabelledSlice,
-    LabelledSlices,
-    Shard,
-    prepare_labelled,
-    statistics_of,
-)
+from kaf_model.datasets import LabelledBatch, LabelledSlices, Shard
 from kaf_model.engine import Trainer, channels_last, generator_for, make_fabric, release_memory
 from kaf_model.errors import UserError
 from kaf_model.keypoints import KeypointCache
 from kaf_model.labels import ClassMap, LabelledVolume, check_learnable, painted_values
 from kaf_model.losses import IGNORED, cross_entropy, soft_dice
+from kaf_model.preparation import LabelledSlice, prepare_labelled, statistics_of
 from kaf_model.progress import Progress
 from kaf_model.segment import predict_slices
 from kaf_model.training_files import RunFiles

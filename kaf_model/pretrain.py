@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kaf_model.checkpoint import Checkpoint, cpu_weights, now, save_checkpoint, software_versions
 from kaf_model.config import KeypointConfig, ModelConfig, PretrainConfig, SliceConfig
-from kaf_model.datasets import PretrainingBatch, PretrainingPairs, Shard, prepare_volumes, statistics_of
+from kaf_model.datasets import PretrainingBatch, PretrainingPairs, Shard
 from kaf_model.engine import NonFiniteLoss, OutOfMemory, Trainer, make_fabric, release_memory
 from kaf_model.errors import UserError
 from kaf_model.heads import BottleneckHead, KeypointHead, KeypointProjection
@@ -21,6 +21,7 @@ from kaf_model.keypoints import KeypointCache
 from kaf_model.losses import matching_loss, positional_contrastive_loss
 from kaf_model.matching import Matcher
 from kaf_model.normalization import gather_over_ranks
+from kaf_model.preparation import prepare_volumes, statistics_of
 from kaf_model.progress import Progress
 from kaf_model.training_files import RunFiles
 from kaf_model.unet import Encoder

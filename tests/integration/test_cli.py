@@ -65,14 +65,15 @@ class Run:
 Kaf = Callable[..., Run]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("KAF_CACHE", str(tmp_path_factory.getbasetemp() / "keypoints"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two threads on two busy cores are slower than one
-    yield
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("KAF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        environment.setenv("OMP_NUM_THREADS", "1")
+        environment.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        yield
     torch.set_num_threads(threads)
 
 
@@ -274,6 +275,21 @@ def test_what_cannot_be_read_is_named_and_passed_over(
     assert "passed over: " in run.out
     assert "segmented 1 of 2 volumes" in run.out
     assert "1 failed" in run.out
+
+
+def test_published_weights_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kaf: Kaf) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "model")
+    from published_reference import SegmentationReference
+
+    network = SegmentationReference(f=4, num_classes=4, blocks=1, width=16, diffusion=8)
+    torch.save({"net": network.state_dict()}, tmp_path / "authors.pth")
+    target = tmp_path / "imported.safetensors"
+    run = kaf("import", tmp_path / "authors.pth", "-o", target)
+    assert (run.code, run.err) == (0, "")
+    assert f"wrote {target}: segmentation" in run.out
+    run = kaf("info", target)
+    assert "kaf-unet, 4 channels" in run.out
+    assert "authors.pth" in run.out
 
 
 # --- settings ----------------------------------------------------------------------------------------------

@@ -6,23 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from kaf_model import datasets
+from kaf_model import datasets, preparation
 from kaf_model.augment import SpatialTransform
 from kaf_model.config import AugmentConfig, CorrespondenceConfig, KeypointConfig, SliceConfig
 from kaf_model.correspondences import UNMATCHED
 from kaf_model.datasets import (
-    LabelledSlice,
     LabelledSlices,
-    PreparedVolume,
     PretrainingPairs,
     Shard,
-    SliceStore,
     compact,
     pad_keypoints,
-    prepare_labelled,
-    prepare_volumes,
     stack_padded,
-    statistics_of,
     whole_canvas,
 )
 from kaf_model.errors import UserError
@@ -30,6 +24,14 @@ from kaf_model.keypoints import Keypoints
 from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
 from kaf_model.losses import IGNORED
 from kaf_model.phantom import make_heart
+from kaf_model.preparation import (
+    LabelledSlice,
+    PreparedVolume,
+    SliceStore,
+    prepare_labelled,
+    prepare_volumes,
+    statistics_of,
+)
 from kaf_model.volume import Volume
 
 CPU = torch.device("cpu")
@@ -130,7 +132,7 @@ def test_only_labelled_slices_are_prepared():
 
 
 def test_slices_beyond_the_limit_lie_in_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(preparation.tempfile, "tempdir", str(tmp_path))
     store = SliceStore(limit=2 * 100)
     arrays = [store.empty((10, 10)), store.empty((2, 3, 4)), store.empty((5, 4))]
     assert [isinstance(array, np.memmap) for array in arrays] == [False, True, True]

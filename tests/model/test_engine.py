@@ -34,7 +34,6 @@ from kaf_model.config import (
     SegmentConfig,
     SliceConfig,
 )
-from kaf_model.datasets import LabelledSlice
 from kaf_model.engine import (
     NonFiniteLoss,
     OutOfMemory,
@@ -48,6 +47,7 @@ from kaf_model.finetune import finetune
 from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
 from kaf_model.losses import IGNORED
 from kaf_model.phantom import make_heart
+from kaf_model.preparation import LabelledSlice
 from kaf_model.pretrain import pretrain
 from kaf_model.segment import keep_largest_components, predict_slices, segment, segment_volume
 from kaf_model.slices import Slices
