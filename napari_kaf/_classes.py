@@ -1,0 +1,53 @@
+"""The classes a person paints: value, name, colour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+# Okabe and Ito's colours, told apart by colour-blind people, then lighter and darker ones.
+_COLORS = (
+    (0.90, 0.62, 0.00, 1.0),
+    (0.34, 0.71, 0.91, 1.0),
+    (0.00, 0.62, 0.45, 1.0),
+    (0.94, 0.89, 0.26, 1.0),
+    (0.84, 0.37, 0.00, 1.0),
+    (0.80, 0.47, 0.65, 1.0),
+    (0.00, 0.45, 0.70, 1.0),
+    (0.60, 0.85, 0.55, 1.0),
+    (0.95, 0.60, 0.60, 1.0),
+    (0.65, 0.55, 0.85, 1.0),
+)
+Color = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """A structure that is painted.
+
+    Attributes:
+        value: Its number in the labels, 1 or more.
+        name: What it is called.
+        color: Red, green, blue and opacity, 0..1.
+    """
+
+    value: int
+    name: str
+    color: Color
+
+
+def default_color(value: int) -> Color:
+    """Colour of a class of which nobody has chosen one."""
+    return _COLORS[(value - 1) % len(_COLORS)]
+
+
+def entries_of(names: Mapping[int, str], values: Iterable[int] = ()) -> list[ClassEntry]:
+    """Classes for named values and for others that are painted, in ascending order."""
+    present = sorted({*names, *values} - {0})
+    return [ClassEntry(value, names.get(value, f"class {value}"), default_color(value)) for value in present]
+
+
+def free_value(entries: Iterable[ClassEntry]) -> int:
+    """The smallest value that no class has."""
+    taken = {entry.value for entry in entries}
+    return next(value for value in range(1, len(taken) + 2) if value not in taken)

@@ -1,0 +1,99 @@
+"""The slice ledger: what a person has said of each slice, and what that means for training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+
+from psygnal import Signal
+
+
+class Cell(StrEnum):
+    """State of one slice."""
+
+    UNTOUCHED = "untouched"
+    PARTIAL = "partial"
+    COMPLETE = "complete"
+    EMPTY = "empty"
+    PREDICTED = "predicted"
+    ACCEPTED = "accepted"
+
+
+MEANING = {
+    Cell.UNTOUCHED: "nothing was said of it; not trained on",
+    Cell.PARTIAL: "only what is painted is known; unpainted pixels are left out of the training",
+    Cell.COMPLETE: "everything is painted; unpainted pixels count as background",
+    Cell.EMPTY: "looked at and nothing is there; all of it counts as background",
+    Cell.PREDICTED: "untouched, and the shown result has something to accept or reject; not trained on",
+    Cell.ACCEPTED: "a result you took into your labels; trained on only once you mark it complete",
+}
+_TRAINED_ON = (Cell.PARTIAL, Cell.COMPLETE, Cell.EMPTY)
+
+
+class Ledger:
+    """State of each slice of a volume.
+
+    Attributes:
+        changed: Emitted after any change.
+    """
+
+    changed = Signal()
+
+    def __init__(self, num_slices: int, states: Sequence[str] = ()) -> None:
+        self._states = [Cell(state) for state in states] or [Cell.UNTOUCHED] * num_slices
+        if len(self._states) != num_slices:
+            raise ValueError(f"a ledger of {num_slices} slices needs as many states, got {len(self._states)}")
+        self._predicted: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def cell(self, z: int) -> Cell:
+        """State of a slice as it is shown."""
+        if self._states[z] is Cell.UNTOUCHED and z in self._predicted:
+            return Cell.PREDICTED
+        return self._states[z]
+
+    @property
+    def states(self) -> tuple[Cell, ...]:
+        """What the user said of each slice; never PREDICTED."""
+        return tuple(self._states)
+
+    @property
+    def predicted(self) -> frozenset[int]:
+        """Slices of which the shown result says something."""
+        return self._predicted
+
+    def mark(self, slices: Iterable[int], state: Cell) -> None:
+        """Say what slices are."""
+        for z in slices:
+            self._states[z] = state
+        self.changed.emit()
+
+    def note_paint(self, z: int, has_paint: bool) -> None:
+        """Take in that the paint on a slice changed.
+
+        A complete slice stays complete; any other is partial while something is painted, else untouched.
+        """
+        if self._states[z] is not Cell.COMPLETE:
+            self._states[z] = Cell.PARTIAL if has_paint else Cell.UNTOUCHED
+            self.changed.emit()
+
+    def set_predicted(self, slices: Iterable[int]) -> None:
+        """Tell which slices the shown result says something of."""
+        self._predicted = frozenset(slices)
+        self.changed.emit()
+
+    def training(self) -> dict[int, str]:
+        """The slices to train on and what their labels mean, in the engine's words."""
+        return {z: str(state) for z, state in enumerate(self._states) if state in _TRAINED_ON}
+
+    def labelled_after(self, z: int, step: int) -> int | None:
+        """The next labelled slice in a direction (1 or -1), or None."""
+        along = range(z + step, len(self) if step > 0 else -1, step)
+        return next((other for other in along if self._states[other] is not Cell.UNTOUCHED), None)
+
+    def summary(self) -> str:
+        """Count the states in words."""
+        counts = [(cell, sum(self.cell(z) is cell for z in range(len(self)))) for cell in Cell]
+        return ", ".join(f"{count} {cell}" for cell, count in counts if count)

@@ -1,0 +1,530 @@
+"""What the widgets of one viewer share: volume, labels, classes, ledger, runs, and the job that is running.
+
+No Qt: the widgets listen to the signals and call the methods; `poll` is called several times a second by
+a timer of theirs, and turns what happened in the layers into states of the ledger and into saved files.
+"""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from psygnal import Signal
+
+from kaf_model.errors import UserError
+from napari_kaf import _layers
+from napari_kaf._autosave import Autosave
+from napari_kaf._classes import ClassEntry, default_color, entries_of, free_value
+from napari_kaf._ledger import Cell, Ledger
+from napari_kaf._runs import Run, RunStore
+from napari_kaf._sidecar import Sidecar, Snapshot
+
+if TYPE_CHECKING:
+    from napari.components import ViewerModel
+    from napari.layers import Image, Labels
+
+
+class Session:
+    """State of the work in one viewer.
+
+    Attributes:
+        opened: The volume that is worked on.
+        labels: The layer that is drawn on.
+        classes: What is painted.
+        ledger: What was said of each slice.
+        runs: Finetunings on this volume, oldest first.
+        result: The run whose result is shown.
+        offer: Saved work on this volume that can be restored.
+        busy: What is running, in words, or nothing.
+    """
+
+    layers_changed = Signal()
+    volume_changed = Signal()
+    labels_changed = Signal()
+    classes_changed = Signal()
+    ledger_changed = Signal()
+    runs_changed = Signal()
+    offer_changed = Signal()
+    busy_changed = Signal()
+    told = Signal(str)
+    warned = Signal(str)
+
+    def __init__(self, viewer: ViewerModel) -> None:
+        self._viewer = weakref.ref(viewer)
+        self.opened: _layers.OpenVolume | None = None
+        self.labels: Labels | None = None
+        self.classes: list[ClassEntry] = []
+        self.ledger = Ledger(0)
+        self.store: RunStore | None = None
+        self.runs: list[Run] = []
+        self.result: Run | None = None
+        self.result_labels: NDArray[Any] | None = None
+        self.offer: Snapshot | None = None
+        self.busy = ""
+        self._spacings: dict[str, tuple[float, ...]] = {}
+        self._autosave = Autosave()
+        self._ledgers: weakref.WeakKeyDictionary[Labels, tuple[Ledger, list[ClassEntry]]]
+        self._ledgers = weakref.WeakKeyDictionary()
+        self._unwatch: Callable[[], None] = lambda: None
+        self._touched = False
+        self._seen: list[tuple[int, str, tuple[int, ...]]] = []
+        self._seen_brush = 0
+        self._checksums: list[int] = []
+        self._before_accept: dict[int, tuple[int, Cell, int]] = {}
+
+    @property
+    def viewer(self) -> ViewerModel:
+        """The viewer."""
+        viewer = self._viewer()
+        if viewer is None:
+            raise RuntimeError("the viewer of this session is closed")
+        return viewer
+
+    # --- volume and labels -------------------------------------------------------------------------------
+
+    def choose_volume(self, layer: Image | None) -> None:
+        """Work on another image layer, or on none.
+
+        Raises:
+            UserError: If it cannot be a volume; then none is chosen.
+        """
+        if self.opened is not None and layer is self.opened.layer:
+            return
+        self.flush()
+        self._leave_labels()
+        self.opened, self.offer, self.store = None, None, None
+        self._autosave.follow(None)
+        self.runs, self.result, self.result_labels = [], None, None
+        try:
+            if layer is not None:
+                self._open(layer)
+        finally:
+            self.volume_changed.emit()
+            self.offer_changed.emit()
+            self.runs_changed.emit()
+            if self.opened is not None:
+                present = _layers.labels_layers(self.viewer, self.opened.layer)
+                known = [layer for layer in present if layer in self._ledgers]
+                self.choose_labels(next(iter(known or present), None))
+                if known:  # what was saved is what is shown
+                    self.offer = None
+                    self.offer_changed.emit()
+            else:
+                self.choose_labels(None)
+
+    def give_spacing(self, spacing: Sequence[float]) -> None:
+        """Take the voxel size, mm (z, y, x), of a volume of which it was not known."""
+        assert self.opened is not None
+        layer = self.opened.layer
+        self.opened = _layers.open_volume(layer, spacing)
+        self._spacings[self._volume_key()] = tuple(spacing)
+        self._changed()
+        self.volume_changed.emit()
+
+    def choose_labels(self, layer: Labels | None) -> None:
+        """Draw on another layer, or on none; its paint stays untrained on until it is marked."""
+        if layer is not None and layer is self.labels:
+            return
+        self.flush()
+        self._leave_labels()
+        self.labels = layer
+        self.classes = []
+        if layer is None:
+            self._set_ledger(Ledger(0))
+        else:
+            array = _layers.stack(layer)
+            self._checksums = _checksums(array)
+            ledger, classes = self._ledgers.get(layer) or (Ledger(len(array)), [])
+            self._set_ledger(ledger)
+            self.classes = classes or entries_of(_layers.class_names(layer), np.unique(array).tolist())
+            self._remember_ledger()
+            _layers.set_classes(layer, self.classes)
+            self._unwatch = _layers.watch_labels(layer, self._touch)
+            self._show_predicted()
+        self.labels_changed.emit()
+        self.classes_changed.emit()
+        self.ledger_changed.emit()
+
+    def new_labels(self) -> None:
+        """Make a layer to draw on, with one class to begin with."""
+        if self.opened is None:
+            raise UserError("there is no volume to label; open one first")
+        classes = self.classes or [ClassEntry(1, "structure", default_color(1))]
+        self.choose_labels(_layers.add_labels(self.viewer, self.opened, classes))
+
+    def restore(self) -> None:
+        """Bring saved labels, ledger and class names back, in a layer of their own."""
+        assert self.offer is not None
+        assert self.opened is not None
+        offer, self.offer = self.offer, None
+        self.choose_labels(_layers.add_labels(self.viewer, self.opened, offer.classes, offer.labels.copy()))
+        self.classes = list(offer.classes)
+        self._set_ledger(Ledger(len(offer.states), offer.states))
+        self._remember_ledger()
+        self._show_predicted()
+        assert self.labels is not None
+        self._autosave.owned_by(self.labels)
+        self.classes_changed.emit()
+        self.ledger_changed.emit()
+        self.offer_changed.emit()
+
+    def decline_offer(self) -> None:
+        """Start afresh; the saved work is renamed, not deleted."""
+        assert self._autosave.sidecar is not None
+        self.offer = None
+        self._autosave.sidecar.set_aside()
+        self.offer_changed.emit()
+
+    # --- classes -----------------------------------------------------------------------------------------
+
+    def set_classes(self, classes: Sequence[ClassEntry]) -> None:
+        """Replace the list of classes: names, colours, added ones."""
+        self.classes = sorted(classes, key=lambda entry: entry.value)
+        if self.labels is not None:
+            self._remember_ledger()
+            _layers.set_classes(self.labels, self.classes)
+        self._changed()
+        self.classes_changed.emit()
+
+    def add_class(self, name: str = "") -> ClassEntry:
+        """Add a class and take its brush."""
+        value = free_value(self.classes)
+        entry = ClassEntry(value, name or f"class {value}", default_color(value))
+        self.set_classes([*self.classes, entry])
+        self.pick_class(value)
+        return entry
+
+    def remove_class(self, value: int) -> None:
+        """Remove a class that is not painted.
+
+        Raises:
+            UserError: If it is painted: removing strokes is left to the eraser.
+        """
+        if self.labels is not None and (count := int((_layers.stack(self.labels) == value).sum())):
+            raise UserError(f"{count} pixels are painted with this class; erase or repaint them first")
+        self.set_classes([entry for entry in self.classes if entry.value != value])
+
+    def pick_class(self, value: int) -> None:
+        """Paint with a class from now on."""
+        if self.labels is not None:
+            self.labels.selected_label = value
+
+    # --- ledger ------------------------------------------------------------------------------------------
+
+    @property
+    def slice(self) -> int:
+        """The slice that is shown."""
+        return _layers.current_slice(self.viewer, self.opened.layer) if self.opened else 0
+
+    def go_to(self, z: int) -> None:
+        """Show a slice."""
+        if self.opened is not None:
+            _layers.go_to(self.viewer, self.opened.layer, z)
+
+    def step_labelled(self, step: int) -> None:
+        """Show the next labelled slice in a direction."""
+        z = self.ledger.labelled_after(self.slice, step) if len(self.ledger) else None
+        if z is None:
+            self.told.emit("no labelled slice further in this direction")
+        else:
+            self.go_to(z)
+
+    def mark(self, state: Cell, slices: Iterable[int] | None = None) -> None:
+        """Say what the shown slice, or the given ones, are.
+
+        Raises:
+            UserError: If that contradicts the paint.
+        """
+        if self.labels is None:
+            raise UserError("there is no label layer to mark slices of; create one first")
+        self.poll()
+        array = _layers.stack(self.labels)
+        for z in [self.slice] if slices is None else list(slices):
+            has_paint, to_mark = bool(array[z].any()), state
+            if state is Cell.EMPTY and has_paint:
+                raise UserError(
+                    f"slice {z} is painted on, so it is not empty; erase the paint, or mark it complete"
+                )
+            if state is Cell.COMPLETE and not has_paint:
+                to_mark = Cell.EMPTY
+                self.told.emit(f"nothing is painted on slice {z}: it counts as verified empty")
+            self.ledger.mark([z], to_mark)
+
+    def mark_painted_complete(self) -> None:
+        """Mark every painted slice complete, for labels that came finished."""
+        if self.labels is None:
+            raise UserError("there is no label layer to mark slices of; create one first")
+        painted = np.flatnonzero(_layers.stack(self.labels).any(axis=(1, 2)))
+        self.ledger.mark(painted.tolist(), Cell.COMPLETE)
+
+    # --- results -----------------------------------------------------------------------------------------
+
+    def show_run(self, run: Run | None, labels: NDArray[Any] | None = None) -> None:
+        """Show the result of a run in its own layer, or none."""
+        assert self.opened is not None
+        assert self.store is not None
+        if run is not None and labels is None:
+            labels = self.store.labels(run)
+        self.result, self.result_labels = run, labels
+        if labels is None:
+            _layers.remove(self.viewer, "result", self.opened.layer)
+        else:
+            _layers.show(self.viewer, self.opened, labels.copy(), "result", self.classes, name="result")
+        self._show_predicted()
+        self.runs_changed.emit()
+
+    def reload_runs(self) -> None:
+        """Read the history again after it changed."""
+        self.runs = self.store.runs() if self.store else []
+        if self.result is not None:
+            self.result = next((run for run in self.runs if run.key == self.result.key), None)
+        self.runs_changed.emit()
+
+    def accept(self, slices: Iterable[int] | None = None) -> int:
+        """Take the shown result into the labels, on the shown slice or the given ones.
+
+        Untouched and accepted slices take all of it, partial ones only where nothing is painted; complete
+        and empty ones are the user's and stay as they are. Ctrl+Z takes it back in one step.
+
+        Returns:
+            How many slices took it.
+
+        Raises:
+            UserError: If there is no result or no layer for it, or nothing could be accepted.
+        """
+        if self.result_labels is None:
+            raise UserError("there is no result to accept; click Finetune first")
+        if self.labels is None:
+            self.new_labels()
+        assert self.labels is not None
+        self.poll()
+        single = slices is None
+        wanted = [self.slice] if slices is None else list(slices)
+        theirs = [z for z in wanted if self.ledger.states[z] in (Cell.COMPLETE, Cell.EMPTY)]
+        if single and theirs:
+            raise UserError(
+                f"slice {theirs[0]} is marked {self.ledger.states[theirs[0]]}, so it stays as you drew it; "
+                "mark it untouched to take the result instead"
+            )
+        array = _layers.stack(self.labels)
+        where = np.zeros(array.shape, bool)
+        taking = [z for z in wanted if z not in theirs]
+        for z in taking:
+            where[z] = (array[z] == 0) if self.ledger.states[z] is Cell.PARTIAL else True
+        before = list(self._checksums)
+        _layers.write_into(self.labels, self.result_labels, where)
+        self._checksums = _checksums(_layers.stack(self.labels))
+        for z in taking:
+            self._before_accept[z] = (before[z], self.ledger.states[z], self._checksums[z])
+        self.ledger.mark(taking, Cell.ACCEPTED)
+        return len(taking)
+
+    def reject(self) -> None:
+        """Put the shown result away; its run stays in the history."""
+        if self.result is None and self.result_labels is None:
+            raise UserError("there is no result to reject")
+        self.show_run(None)
+
+    # --- saving ------------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Take in what happened in the layers, and save what is due."""
+        self._look_at_layers()
+        brush = int(self.labels.selected_label) if self.labels is not None else 0
+        if brush != self._seen_brush:
+            self._seen_brush = brush
+            self.classes_changed.emit()
+        if self._touched and self.labels is not None:
+            self._touched = False
+            self._compare_labels()
+        if self._autosave.due:
+            self._save()
+        for message in self._autosave.messages():
+            self.warned.emit(message)
+
+    def flush(self) -> None:
+        """Save now whatever is not saved, and wait for it."""
+        if self.labels is not None and self._viewer() is not None:
+            self._compare_labels()
+        if self._autosave.pending:
+            self._save()
+        self._autosave.wait()
+
+    def close(self) -> None:
+        """Save, and let go of the layers."""
+        self.flush()
+        self._leave_labels()
+        self.opened, self.labels = None, None
+
+    def set_busy(self, what: str) -> None:
+        """Say what is running; nothing when it ended."""
+        self.busy = what
+        self.busy_changed.emit()
+
+    # --- inside ------------------------------------------------------------------------------------------
+
+    def _look_at_layers(self) -> None:
+        """Take in that layers came, went or were renamed."""
+        viewer = self._viewer()
+        if viewer is None:
+            return
+        seen = [
+            (id(layer), layer.name, tuple(layer.data.shape))
+            for layer in viewer.layers
+            if not layer.multiscale
+        ]
+        if seen == self._seen:
+            return
+        self._seen = seen
+        self._forget_removed_layers(viewer)
+        volumes = _layers.image_layers(viewer)
+        if self.opened is None and volumes:
+            try:
+                self.choose_volume(volumes[0])
+            except UserError as error:
+                self.warned.emit(f"{volumes[0].name}: {error}")
+        if self.opened is not None and self.labels is None:
+            drawn = _layers.labels_layers(viewer, self.opened.layer)
+            if drawn:
+                self.choose_labels(drawn[0])
+        self.layers_changed.emit()
+
+    def _forget_removed_layers(self, viewer: ViewerModel) -> None:
+        """Let go of layers that were deleted; what was drawn on them is saved first, and offered back."""
+        if self.labels is not None and self.labels not in viewer.layers:
+            name = self.labels.name
+            self.choose_labels(None)  # saves
+            self._look_for_saved_work()
+            self.told.emit(f"{name} was deleted; what was drawn on it can be restored")
+            self.offer_changed.emit()
+        if self.opened is not None and self.opened.layer not in viewer.layers:
+            self.choose_volume(None)
+        if (
+            self.opened is not None
+            and self.result_labels is not None
+            and not _layers.layers_with_role(viewer, "result", self.opened.layer)
+        ):
+            self.result, self.result_labels = None, None
+            self._show_predicted()
+            self.runs_changed.emit()
+
+    def _open(self, layer: Image) -> None:
+        self.opened = _layers.open_volume(layer)
+        source = self.opened.path
+        if source is not None and (frame := self.opened.volume.source.frame):
+            name = f"{self.opened.volume.name}-frame{frame}"
+        else:
+            name = self.opened.volume.name
+        sidecar = Sidecar(source, name, self.opened.volume.array)
+        self._autosave.follow(sidecar)
+        self.store = RunStore(sidecar.key)
+        self.runs = self.store.runs()
+        self._look_for_saved_work()
+        given = self._spacings.get(self._volume_key()) or (self.offer.spacing if self.offer else None)
+        if given and not self.opened.spacing_known:
+            self._spacings[self._volume_key()] = given
+            self.opened = _layers.open_volume(layer, given)
+
+    def _volume_key(self) -> str:
+        assert self._autosave.sidecar is not None
+        return self._autosave.sidecar.key
+
+    def _look_for_saved_work(self) -> None:
+        if self._autosave.sidecar is not None:
+            try:
+                self.offer = self._autosave.sidecar.load()
+            except UserError as error:
+                self.warned.emit(str(error))
+
+    def _remember_ledger(self) -> None:
+        assert self.labels is not None
+        self._ledgers[self.labels] = (self.ledger, list(self.classes))
+
+    def _set_ledger(self, ledger: Ledger) -> None:
+        self.ledger.changed.disconnect(missing_ok=True)
+        self.ledger = ledger
+        ledger.changed.connect(self._ledger_changed)
+        self._before_accept = {}
+
+    def _ledger_changed(self) -> None:
+        self._changed()
+        self.ledger_changed.emit()
+
+    def _show_predicted(self) -> None:
+        """Tell the ledger where the shown result has something, without this counting as a change to save."""
+        found = []
+        if self.result_labels is not None and len(self.ledger) == len(self.result_labels):
+            found = np.flatnonzero(self.result_labels.any(axis=(1, 2))).tolist()
+        self.ledger.changed.disconnect(self._ledger_changed)
+        self.ledger.set_predicted(found)
+        self.ledger.changed.connect(self._ledger_changed)
+        self.ledger_changed.emit()
+
+    def _leave_labels(self) -> None:
+        self._unwatch()
+        self._unwatch = lambda: None
+        self._touched = False
+        self._autosave.forget_changes()
+        self._before_accept = {}
+
+    def _touch(self, event: object = None) -> None:
+        self._touched = True
+
+    def _changed(self) -> None:
+        if self.labels is not None:
+            self._autosave.changed()
+
+    def _compare_labels(self) -> None:
+        """Find the slices whose paint changed, and what that makes of them."""
+        assert self.labels is not None
+        array = _layers.stack(self.labels)
+        if len(array) != len(self.ledger):
+            layer, self.labels = self.labels, None
+            self._leave_labels()
+            self.warned.emit(
+                f"{layer.name} no longer has the shape of the volume; choose another label layer"
+            )
+            self.choose_labels(None)
+            return
+        now = _checksums(array)
+        changed = [z for z, (old, new) in enumerate(zip(self._checksums, now, strict=True)) if old != new]
+        self._checksums = now
+        for z in changed:
+            old, state, accepted = self._before_accept.get(z, (None, Cell.UNTOUCHED, None))
+            if now[z] == old:  # undone
+                self.ledger.mark([z], state)
+            elif now[z] == accepted:  # redone
+                self.ledger.mark([z], Cell.ACCEPTED)
+            else:
+                self.ledger.note_paint(z, bool(array[z].any()))
+        if changed:
+            self._changed()
+            known = {entry.value for entry in self.classes}
+            new = {int(value) for z in changed for value in np.unique(array[z])} - known - {0}
+            if new:
+                self.set_classes([*self.classes, *entries_of({}, new)])
+
+    def _save(self) -> None:
+        if self.labels is not None:
+            given = self._spacings.get(self._volume_key())
+            array = _layers.stack(self.labels).copy()
+            self._autosave.save(Snapshot(array, self.ledger.states, tuple(self.classes), given), self.labels)
+
+
+_sessions: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()
+
+
+def session_for(viewer: Any) -> Session:
+    """Return the session of a viewer; the first call makes it. A plugin's proxy of a viewer is looked through."""
+    viewer = getattr(viewer, "__wrapped__", viewer)
+    if viewer not in _sessions:
+        _sessions[viewer] = Session(viewer)
+    return _sessions[viewer]
+
+
+def _checksums(array: NDArray[Any]) -> list[int]:
+    return [zlib.crc32(np.ascontiguousarray(plane).data) for plane in array]

@@ -1,0 +1,1 @@
+"""The panels: Finetune, Pretrain, Segment."""

@@ -1,0 +1,147 @@
+"""What all panels share: scrolling, answering mistakes with a notification, and ending cleanly."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from napari.utils.notifications import show_error, show_info, show_warning
+from qtpy.QtCore import QEvent, QObject, Qt
+from qtpy.QtWidgets import (
+    QAbstractSpinBox,
+    QComboBox,
+    QFrame,
+    QLabel,
+    QScrollArea,
+    QSizePolicy,
+    QVBoxLayout,
+    QWidget,
+)
+
+from kaf_model.errors import UserError
+from napari_kaf._jobs import Job
+from napari_kaf._pulse import keep_polling
+from napari_kaf._session import Session, session_for
+
+P = ParamSpec("P")
+S = TypeVar("S")
+
+
+def answering(method: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
+    """Let a slot answer a mistake with a notification."""
+
+    @functools.wraps(method)
+    def slot(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except UserError as error:
+            show_error(str(error))
+
+    return slot
+
+
+class Life:
+    """What has to end when a panel closes: its job and what it listens to."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.job: Job | None = None
+        self._heard: list[tuple[Any, Callable[..., Any]]] = []
+        self._last: list[Callable[[], None]] = []
+
+    def listen(self, signal: Any, slot: Callable[..., Any]) -> None:
+        """Connect a signal of the session or an event of napari, until the end."""
+        signal.connect(slot)
+        self._heard.append((signal, slot))
+
+    def at_end(self, action: Callable[[], None]) -> None:
+        """Do something when the panel closes."""
+        self._last.append(action)
+
+    def end(self) -> None:
+        """End everything; a second call does nothing."""
+        for signal, slot in self._heard:
+            signal.disconnect(slot)
+        self._heard = []
+        for action in self._last:
+            action()
+        self._last = []
+        if self.job is not None:
+            self.job.abandon()
+            self.job = None
+            self.session.set_busy("")
+        self.session.flush()
+
+
+class Panel(QScrollArea):
+    """A panel that scrolls, with its sections from top to bottom.
+
+    Args:
+        napari_viewer: The viewer, or a plugin's proxy of it.
+    """
+
+    def __init__(self, napari_viewer: Any) -> None:
+        super().__init__()
+        self.session = session_for(napari_viewer)
+        keep_polling(self.session)
+        self.life = Life(self.session)
+        self.destroyed.connect(self.life.end)
+        self.life.listen(self.session.told, show_info)
+        self.life.listen(self.session.warned, show_warning)
+        self._docked = False
+        self.setWidgetResizable(True)
+        self.setFrameShape(QFrame.Shape.NoFrame)
+        self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        content = QWidget()
+        self.column = QVBoxLayout(content)
+        self.column.setContentsMargins(6, 4, 6, 6)
+        self.column.setSpacing(6)
+        self.setWidget(content)
+        self.setMinimumWidth(340)
+
+    def showEvent(self, event: Any) -> None:
+        """From the first showing on, the wheel scrolls the panel and changes no value it passes over."""
+        for kind in (QAbstractSpinBox, QComboBox):
+            for box in self.findChildren(kind):
+                box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
+                box.installEventFilter(self)
+        super().showEvent(event)
+
+    def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
+        """Keep the wheel from boxes."""
+        if event is not None and event.type() == QEvent.Type.Wheel and isinstance(watched, QWidget):
+            event.ignore()
+            return not watched.hasFocus()
+        return bool(super().eventFilter(watched, event))
+
+    def event(self, event: QEvent | None) -> bool:
+        """End when the dock that holds the panel lets it go."""
+        if event is not None and event.type() == QEvent.Type.ParentChange:
+            if self.parent() is not None:
+                self._docked = True
+            elif self._docked:
+                self.life.end()
+                self.deleteLater()
+        return bool(super().event(event))
+
+    def closeEvent(self, event: Any) -> None:
+        """End when the panel itself is closed."""
+        self.life.end()
+        super().closeEvent(event)
+
+
+def heading(text: str) -> QLabel:
+    """A section's title."""
+    label = QLabel(f"<b>{text}</b>")
+    label.setContentsMargins(0, 6, 0, 0)
+    return label
+
+
+def words(text: str = "") -> QLabel:
+    """Text that wraps, and takes no more width than there is."""
+    label = QLabel(text)
+    label.setWordWrap(True)
+    label.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Preferred)
+    label.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+    return label

@@ -1,0 +1,178 @@
+"""Which volume is worked on, what is known of it, and the saved work on it that can be restored."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from qtpy.QtWidgets import (
+    QComboBox,
+    QDoubleSpinBox,
+    QHBoxLayout,
+    QLabel,
+    QPushButton,
+    QSpinBox,
+    QVBoxLayout,
+    QWidget,
+)
+
+from kaf_model.volume import read_volume
+from napari_kaf import _layers
+from napari_kaf.widgets._panel import Life, answering, heading, words
+
+
+class VolumeSection(QWidget):
+    """The volume, its voxel size, and what was saved of it."""
+
+    def __init__(self, life: Life) -> None:
+        super().__init__()
+        self.session = life.session
+        column = QVBoxLayout(self)
+        column.setContentsMargins(0, 0, 0, 0)
+        column.addWidget(heading("Volume"))
+        self.box = QComboBox()
+        self.box.setAccessibleName("Volume")
+        self.box.setToolTip("The image layer that is labelled and segmented")
+        self.about = words()
+        self.notices = words()
+        column.addWidget(self.box)
+        column.addWidget(self.about)
+        column.addWidget(self.notices)
+        column.addWidget(self._make_frame_row())
+        column.addWidget(self._make_spacing_row())
+        column.addWidget(self._make_offer())
+        self.box.activated.connect(self._chosen)
+        for signal in (self.session.layers_changed, self.session.volume_changed):
+            life.listen(signal, self.refresh)
+        life.listen(self.session.offer_changed, self._show_offer)
+        self.refresh()
+        self._show_offer()
+
+    def refresh(self) -> None:
+        """Show the layers there are and what is known of the chosen one."""
+        opened = self.session.opened
+        layers = _layers.image_layers(self.session.viewer)
+        self.box.clear()
+        for layer in layers:
+            self.box.addItem(layer.name)
+        self.box.setEnabled(bool(layers))
+        chosen = opened is not None and opened.layer in layers
+        self.box.setCurrentIndex(layers.index(opened.layer) if opened is not None and chosen else -1)
+        self.spacing_row.setVisible(opened is not None and not opened.spacing_known)
+        frames = opened.layer.metadata.get(_layers.KEY, {}).get("frames", 1) if opened is not None else 1
+        self.frame_row.setVisible(frames > 1)
+        if opened is None:
+            self.about.setText(
+                "Open a volume: drag a file into the window, or File > Open Sample > KAF segmentation."
+            )
+            self.notices.setVisible(False)
+            return
+        z, y, x = opened.volume.shape
+        size = " x ".join(f"{value:.4g}" for value in opened.volume.spacing)
+        self.about.setText(f"{z} slices of {y} x {x} pixels; voxels {size} mm (z, y, x), {opened.origin}")
+        self.notices.setText("\n".join(f"• {notice}" for notice in opened.volume.notices))
+        self.notices.setVisible(bool(opened.volume.notices))
+        for box, value in zip(self.spacing_boxes, opened.volume.spacing, strict=True):
+            box.setValue(value)
+        if frames > 1:
+            self.frame.setMaximum(frames - 1)
+            self.frame.setValue(opened.volume.source.frame)
+
+    def _make_spacing_row(self) -> QWidget:
+        self.spacing_row = QWidget()
+        column = QVBoxLayout(self.spacing_row)
+        column.setContentsMargins(0, 0, 0, 0)
+        column.addWidget(
+            words("The voxel size is not known. Say it once, in mm; it is kept with the labels.")
+        )
+        row = QHBoxLayout()
+        self.spacing_boxes = []
+        for axis in "zyx":
+            box = QDoubleSpinBox()
+            box.setRange(0.001, 1000)
+            box.setDecimals(3)
+            box.setPrefix(f"{axis} ")
+            box.setToolTip(f"Voxel size along {axis} in mm")
+            row.addWidget(box)
+            self.spacing_boxes.append(box)
+        self.use_spacing = QPushButton("Use")
+        self.use_spacing.setToolTip("Take this voxel size")
+        self.use_spacing.clicked.connect(self._give_spacing)
+        row.addWidget(self.use_spacing)
+        column.addLayout(row)
+        return self.spacing_row
+
+    def _make_frame_row(self) -> QWidget:
+        self.frame_row = QWidget()
+        row = QHBoxLayout(self.frame_row)
+        row.setContentsMargins(0, 0, 0, 0)
+        self.frame = QSpinBox()
+        self.frame.setToolTip("Which of the file's volumes is shown, counted from 0")
+        self.frame.setKeyboardTracking(False)
+        show = QPushButton("Show frame")
+        show.setToolTip("Open this frame in a layer of its own")
+        show.clicked.connect(self._open_frame)
+        row.addWidget(QLabel("Frame"))
+        row.addWidget(self.frame)
+        row.addWidget(show)
+        row.addStretch()
+        return self.frame_row
+
+    def _make_offer(self) -> QWidget:
+        self.offer = QWidget()
+        column = QVBoxLayout(self.offer)
+        column.setContentsMargins(0, 0, 0, 0)
+        self.offer_text = words()
+        column.addWidget(self.offer_text)
+        row = QHBoxLayout()
+        self.restore = QPushButton("Restore")
+        self.restore.setToolTip("Bring the saved labels, ledger and classes back in a layer of their own")
+        self.decline = QPushButton("Start afresh")
+        self.decline.setToolTip("The saved work is kept under another name")
+        self.restore.clicked.connect(self._restore)
+        self.decline.clicked.connect(self._decline)
+        row.addWidget(self.restore)
+        row.addWidget(self.decline)
+        column.addLayout(row)
+        return self.offer
+
+    def _show_offer(self) -> None:
+        offer = self.session.offer
+        self.offer.setVisible(offer is not None)
+        if offer is not None:
+            when = datetime.datetime.fromisoformat(offer.saved).strftime("%d %b %Y, %H:%M")
+            self.offer_text.setText(
+                f"<b>Labels of this volume were saved on {when}</b>: {offer.num_marked} of {len(offer.states)} "
+                f"slices labelled, {len(offer.classes)} classes."
+            )
+
+    @answering
+    def _chosen(self, index: int) -> None:
+        self.session.choose_volume(_layers.image_layers(self.session.viewer)[index])
+
+    @answering
+    def _give_spacing(self, *_: Any) -> None:
+        self.session.give_spacing([box.value() for box in self.spacing_boxes])
+
+    @answering
+    def _open_frame(self, *_: Any) -> None:
+        assert self.session.opened is not None
+        source = self.session.opened.volume.source
+        volume = read_volume(source.path, frame=self.frame.value(), fill_nan=0)
+        count = self.frame.maximum() + 1
+        name = f"{volume.name} frame {self.frame.value()}"
+        layer = self.session.viewer.add_image(
+            volume.array,
+            name=name,
+            colormap="gray",
+            **_layers.layer_arguments(volume, "volume", frames=count),
+        )
+        self.session.choose_volume(layer)
+
+    @answering
+    def _restore(self, *_: Any) -> None:
+        self.session.restore()
+
+    @answering
+    def _decline(self, *_: Any) -> None:
+        self.session.decline_offer()

@@ -1,0 +1,282 @@
+"""Segmenting with a trained model: open volumes, or a folder to a folder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from qtpy.QtCore import Qt
+from qtpy.QtWidgets import (
+    QAbstractItemView,
+    QComboBox,
+    QFileDialog,
+    QFormLayout,
+    QListWidget,
+    QListWidgetItem,
+    QPushButton,
+    QTableWidget,
+    QTableWidgetItem,
+    QWidget,
+)
+
+from kaf_model.config import SegmentConfig
+from kaf_model.errors import UserError
+from napari_kaf import _layers
+from napari_kaf._classes import entries_of
+from napari_kaf._form import check_box
+from napari_kaf._segment_task import OpenSource, SegmentOutcome, SegmentRequest, VolumeSegmented, segment_task
+from napari_kaf._settings import settings
+from napari_kaf.widgets._job_row import JobRow
+from napari_kaf.widgets._model_box import ModelBox
+from napari_kaf.widgets._panel import Panel, answering, heading
+from napari_kaf.widgets._path_row import FolderRow
+
+if TYPE_CHECKING:
+    import napari
+
+_OPEN, _FOLDER = range(2)
+_COLUMNS = ("volume", "class", "ml", "Dice", "HD95 mm", "reference ml")
+_BESIDE = "the labels beside each volume"
+_NONE = "none"
+
+
+class SegmentWidget(Panel):
+    """Model, volumes, options, Segment, and a table of what was found.
+
+    Args:
+        napari_viewer: Given by napari.
+    """
+
+    def __init__(self, napari_viewer: napari.Viewer) -> None:
+        super().__init__(napari_viewer)
+        self._sources: dict[int, _layers.OpenVolume] = {}
+        self._outcome: SegmentOutcome | None = None
+        self.column.addWidget(heading("Model"))
+        self.model = ModelBox(self.life, ("segmentation",), scratch=False)
+        self.column.addWidget(self.model)
+        self.column.addWidget(heading("What to segment"))
+        self.source = QComboBox()
+        self.source.addItems(["Volumes that are open", "A folder, into a folder"])
+        self.source.setToolTip("Segment layers of this viewer, or all volumes of a folder")
+        self.column.addWidget(self.source)
+        self.column.addWidget(self._make_open())
+        self.column.addWidget(self._make_folder())
+        self.uncertainty = check_box(SegmentConfig, "uncertainty", "uncertainty map")
+        self.largest = check_box(SegmentConfig, "largest_component", "largest component of each class only")
+        self.flips = check_box(SegmentConfig, "flips", "average over mirrored slices")
+        for box in (self.uncertainty, self.largest, self.flips):
+            self.column.addWidget(box)
+        self.row = JobRow(self.life, "Segment", self.start)
+        self.row.button.setToolTip("Segment every chosen volume; Cancel keeps those that are done")
+        self.column.addWidget(self.row)
+        self.table = QTableWidget(0, len(_COLUMNS))
+        self.table.setHorizontalHeaderLabels(_COLUMNS)
+        self.table.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
+        self.table.setMinimumHeight(140)
+        self.table.setAccessibleName("Volumes and scores of each class")
+        self.column.addWidget(self.table)
+        self.csv = QPushButton("Save CSV…")
+        self.csv.setToolTip("Write the table as comma-separated values")
+        self.csv.setEnabled(False)
+        self.csv.clicked.connect(self._save_csv)
+        self.column.addWidget(self.csv)
+        self.column.addStretch()
+        self.source.currentIndexChanged.connect(self._show_source)
+        self._offered: set[int] = set()
+        for signal in (self.session.layers_changed, self.session.volume_changed):
+            self.life.listen(signal, self.refresh)
+        self.session.poll()
+        self.refresh()
+        self._show_source()
+
+    def refresh(self) -> None:
+        """List the open volumes; what was ticked stays ticked."""
+        ticked = self._ticked()
+        opened = self.session.opened
+        if opened is not None and id(opened.layer) not in self._offered:
+            self._offered.add(id(opened.layer))  # the volume that is worked on is ticked once
+            ticked.add(id(opened.layer))
+        self.layers.clear()
+        for layer in _layers.image_layers(self.session.viewer):
+            item = QListWidgetItem(layer.name)
+            item.setData(Qt.ItemDataRole.UserRole, id(layer))
+            tick = id(layer) in ticked
+            item.setCheckState(Qt.CheckState.Checked if tick else Qt.CheckState.Unchecked)
+            self.layers.addItem(item)
+
+    def start(self) -> None:
+        """Segment what was chosen.
+
+        Raises:
+            UserError: If something is missing.
+        """
+        choice = self.model.choice
+        if choice is None or choice.path is None:
+            raise UserError("there is no trained model yet; finetune one, or open a checkpoint")
+        config = SegmentConfig(
+            uncertainty=self.uncertainty.isChecked(),
+            largest_component=self.largest.isChecked(),
+            flips=self.flips.isChecked(),
+        )
+        if self.source.currentIndex() == _OPEN:
+            request = SegmentRequest(choice.path, config, settings().device, self._open_sources())
+        else:
+            request = self._folder_request(choice.path, config)
+        self.table.setRowCount(0)
+        self.csv.setEnabled(False)
+        self.row.run(
+            "Segmenting",
+            lambda control: segment_task(request, control),
+            on_report=self._reported,
+            on_done=self._done,
+        )
+
+    def _make_open(self) -> QWidget:
+        self.open_page = QWidget()
+        form = QFormLayout(self.open_page)
+        form.setContentsMargins(0, 0, 0, 0)
+        self.layers = QListWidget()
+        self.layers.setFixedHeight(84)
+        self.layers.setToolTip("Tick the volumes to segment")
+        self.layers.setAccessibleName("Open volumes")
+        self.reference = QComboBox()
+        self.reference.addItems([_NONE, _BESIDE])
+        self.reference.setToolTip("Labels to compare with: Dice and HD95 of each class")
+        form.addRow(self.layers)
+        form.addRow("Reference", self.reference)
+        return self.open_page
+
+    def _make_folder(self) -> QWidget:
+        self.folder_page = QWidget()
+        form = QFormLayout(self.folder_page)
+        form.setContentsMargins(0, 0, 0, 0)
+        self.input = FolderRow("Folder of volumes to segment", "folder of volumes")
+        self.output = FolderRow("Folder the label files are written into", "folder for the labels")
+        self.references = FolderRow(
+            "Folder of reference labels of the same names, if there are any", "optional"
+        )
+        form.addRow("From", self.input)
+        form.addRow("Into", self.output)
+        form.addRow("Reference", self.references)
+        return self.folder_page
+
+    def _ticked(self) -> set[int]:
+        items = (self.layers.item(row) for row in range(self.layers.count()))
+        return {
+            item.data(Qt.ItemDataRole.UserRole)
+            for item in items
+            if item is not None and item.checkState() == Qt.CheckState.Checked
+        }
+
+    def _show_source(self, *_: Any) -> None:
+        self.open_page.setVisible(self.source.currentIndex() == _OPEN)
+        self.folder_page.setVisible(self.source.currentIndex() == _FOLDER)
+
+    def _open_sources(self) -> list[OpenSource]:
+        ticked = self._ticked()
+        chosen = [layer for layer in _layers.image_layers(self.session.viewer) if id(layer) in ticked]
+        if not chosen:
+            raise UserError("no volume is ticked; tick at least one, or open one first")
+        current = self.session.opened
+        self._sources = {
+            key: current if current is not None and current.layer is layer else _layers.open_volume(layer)
+            for key, layer in enumerate(chosen)
+        }
+        sources = []
+        for key, opened in self._sources.items():
+            reference = None
+            if self.reference.currentText() == _BESIDE:
+                drawn = _layers.labels_layers(self.session.viewer, opened.layer)
+                if not drawn:
+                    raise UserError(
+                        f"{opened.layer.name} has no label layer to compare with; choose no reference"
+                    )
+                of_file = [layer for layer in drawn if layer.source.path]
+                reference = _layers.stack((of_file or drawn)[0]).copy()
+            sources.append(OpenSource(key, opened.volume, reference))
+        return sources
+
+    def _folder_request(self, model: Path, config: SegmentConfig) -> SegmentRequest:
+        if self.input.path is None or self.output.path is None:
+            raise UserError("choose the folder of volumes and the folder for the labels")
+        if self.input.path.resolve() == self.output.path.resolve():
+            raise UserError("the labels would lie among the volumes; choose another folder for them")
+        return SegmentRequest(
+            model,
+            config,
+            settings().device,
+            folder=self.input.path,
+            output=self.output.path,
+            references=self.references.path,
+        )
+
+    def _reported(self, report: Any) -> None:
+        if not isinstance(report, VolumeSegmented):
+            return
+        for score in report.rows:
+            row = self.table.rowCount()
+            self.table.insertRow(row)
+            values = (score.prediction_ml, score.dice, score.hd95_mm, score.reference_ml)
+            digits = (1, 3, 1, 1)
+            texts = [score.volume, score.name, *map(_number, values, digits)]
+            for column, text in enumerate(texts):
+                self.table.setItem(row, column, QTableWidgetItem(text))
+        self.table.resizeColumnsToContents()
+        if report.key is not None:
+            self._show(self._sources[report.key], report)
+
+    def _show(self, opened: _layers.OpenVolume, report: VolumeSegmented) -> None:
+        viewer, session = self.session.viewer, self.session
+        if opened.layer not in viewer.layers:
+            return
+        if report.segmentation.uncertainty is not None:
+            _layers.show(
+                viewer,
+                opened,
+                report.segmentation.uncertainty.astype(np.float32),
+                "uncertainty",
+                name="uncertainty",
+            )
+        entries = entries_of(report.class_names)
+        if session.opened is not None and session.opened.layer is opened.layer:
+            if not session.classes:
+                session.set_classes(entries)
+            session.show_run(None, report.segmentation.labels)
+        else:
+            _layers.show(viewer, opened, report.segmentation.labels, "result", entries, name="result")
+
+    def _done(self, outcome: SegmentOutcome) -> None:
+        self._outcome = outcome
+        self.csv.setEnabled(bool(outcome.scores.rows))
+        count = len({row.volume for row in outcome.scores.rows})
+        told = f"{'Stopped' if outcome.stopped else 'Finished'}: {count} volumes"
+        if outcome.problems:
+            told += f"; {len(outcome.problems)} problems: {'; '.join(outcome.problems[:3])}"
+        self.row.status.setText(told)
+
+    @answering
+    def _save_csv(self, *_: Any) -> None:
+        assert self._outcome is not None
+        name, _filter = QFileDialog.getSaveFileName(self, "Save CSV", "segmentation.csv", "CSV (*.csv)")
+        if name:
+            self.save_csv(Path(name))
+
+    def save_csv(self, path: Path) -> None:
+        """Write the table.
+
+        Raises:
+            UserError: If it cannot be written, or there is none.
+        """
+        if self._outcome is None:
+            raise UserError("nothing was segmented yet")
+        try:
+            self._outcome.scores.to_csv(path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
+        self.row.status.setText(f"Table saved as {path}")
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"

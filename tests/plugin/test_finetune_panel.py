@@ -1,0 +1,255 @@
+"""The Finetune panel: what it says when something is missing, and a short training from click to result."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from kaf_model.errors import UserError
+from napari_kaf import _layers
+from napari_kaf._finetune_task import FinetuneRequest
+from napari_kaf._keys import KEYS
+from napari_kaf._ledger import Cell
+
+
+@pytest.fixture
+def labelled(open_panel, small_heart, truth):
+    """Viewer and panel with two complete slices drawn."""
+    viewer, panel = open_panel("Finetune", small_heart)
+    panel.session.new_labels()
+    for z in (1, 3):
+        plane = np.zeros(truth.shape, bool)
+        plane[z] = True
+        _layers.write_into(panel.session.labels, (truth > 0).astype(np.uint8), plane)
+    panel.session.mark(Cell.COMPLETE, [1, 3])
+    panel.training.minutes.setValue(0.1)
+    return viewer, panel
+
+
+def finish(panel, qtbot) -> None:
+    qtbot.waitUntil(lambda: not panel.session.busy, timeout=300_000)
+
+
+def test_it_opens_in_under_a_second_once_napari_is_up(make_napari_viewer, plugin_home, nothing_left):
+    viewer = make_napari_viewer()
+    import napari_kaf.widgets.finetune  # what the first opening imports is timed by test_manifest's subprocess
+
+    began = time.process_time()
+    napari_kaf.widgets.finetune.FinetuneWidget(viewer).close()
+    assert time.process_time() - began < 1.0
+
+
+def test_the_empty_state_says_what_to_do(open_panel):
+    _viewer, panel = open_panel("Finetune")
+    assert "Open a volume" in panel.volume.about.text()
+    assert not panel.training.button.isEnabled()
+    assert not panel.labels.new.isEnabled()
+
+
+def test_layers_that_are_open_are_picked_up(open_panel, small_heart):
+    viewer, panel = open_panel("Finetune", small_heart)
+    assert panel.volume.box.currentText() == "heart_003"
+    assert "5 slices of 48 x 64" in panel.volume.about.text()
+    assert "oblique" in panel.volume.notices.text()
+    assert set("".join(viewer.canvas.overlays.text.text.split())) == set("APRL+")
+
+
+def test_finetune_without_a_marked_slice_says_so(open_panel, small_heart, notifications):
+    _viewer, panel = open_panel("Finetune", small_heart)
+    panel.labels.new.click()
+    panel.training.button.click()
+    assert "no slice is marked yet" in notifications[-1]
+    assert panel.training.button.isEnabled()
+
+
+def test_one_class_only_is_explained_and_everything_stays_usable(
+    open_panel, small_heart, notifications, qtbot
+):
+    _viewer, panel = open_panel("Finetune", small_heart)
+    panel.labels.new.click()
+    panel.session.labels.data_setitem((np.array([1]), np.array([20]), np.array([20])), 1)
+    panel.session.poll()  # partial: nothing is known to be background
+    panel.training.button.click()
+    finish(panel, qtbot)
+    assert "no background" in notifications[-1]
+    assert panel.training.button.isEnabled()
+    assert panel.training.button.text() == "Finetune"
+    assert not panel.session.runs
+
+
+def test_from_click_to_history(labelled, qtbot, notifications):
+    viewer, panel = labelled
+    drawn = panel.session.labels.data.copy()
+    panel.training.button.click()
+    assert panel.training.button.text() == "Cancel"
+    panel.session.labels.data_setitem((np.array([0]), np.array([5]), np.array([5])), 1)  # painting goes on
+    finish(panel, qtbot)
+    session = panel.session
+    assert session.result_labels.shape == drawn.shape
+    assert not _layers.layers_with_role(viewer, "preview")
+    assert session.runs[0].labelled == {1: "complete", 3: "complete"}  # not what was painted meanwhile
+    assert session.runs[0].steps >= 1
+    assert len(panel.training.curve.points("total")) == session.runs[0].steps
+    assert viewer.layers.selection.active is session.labels
+    assert panel.training.model.box.count() == 2  # from scratch, and this run
+    panel.result.history.setCurrentRow(0)
+    session.store.rename(session.runs[0], "best")
+    session.reload_runs()
+    assert "best" in panel.result.history.item(0).text()
+    session.reject()
+    panel.result.show_it.click()
+    assert session.result_labels is not None
+    panel.result.compare.click()
+    assert _layers.layers_with_role(viewer, "comparison")
+
+
+def test_cancel_stops_soon_and_keeps_the_best_so_far(labelled, qtbot):
+    _viewer, panel = labelled
+    panel.training.minutes.setValue(60)
+    panel.training.button.click()
+    qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=300_000)
+    panel.training.button.click()
+    assert not panel.training.button.isEnabled()
+    finish(panel, qtbot)
+    (run,) = panel.session.runs
+    assert run.stopped
+    assert panel.session.store.model_path(run.key).is_file()
+    assert not list(panel.session.store.folder.glob("*.resume.*"))
+
+
+def test_closing_the_panel_ends_the_training(labelled, qtbot):
+    viewer, panel = labelled
+    panel.training.minutes.setValue(60)
+    panel.training.button.click()
+    qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=300_000)
+    worker = panel.life.job._worker
+    viewer.window.remove_dock_widget("all")
+    qtbot.waitUntil(lambda: not worker.is_running, timeout=20_000)
+    assert "Shift-C" not in [str(key) for key in viewer.keymap]
+
+
+def test_deleting_the_volume_while_it_trains_does_no_harm(labelled, qtbot, notifications):
+    viewer, panel = labelled
+    panel.training.button.click()
+    viewer.layers.clear()
+    finish(panel, qtbot)
+    qtbot.wait(300)
+    assert panel.session.opened is None
+    assert "choose that volume to see it" in notifications[-1]
+
+
+def test_a_broken_checkpoint_is_answered(open_panel, small_heart, tmp_path):
+    _viewer, panel = open_panel("Finetune", small_heart)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match=r"broken\.safetensors cannot be used"):
+        panel.training.model.add_file(broken)
+
+
+def test_an_unforeseen_error_becomes_a_message_with_its_details_kept(
+    labelled, qtbot, notifications, monkeypatch, plugin_home
+):
+    _viewer, panel = labelled
+
+    def burst(request: FinetuneRequest, control: object):
+        yield from ()
+        raise ZeroDivisionError("some library")
+
+    monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", burst)
+    panel.training.button.click()
+    finish(panel, qtbot)
+    assert "ZeroDivisionError: some library" in notifications[-1]
+    assert "ZeroDivisionError" in (plugin_home / "errors.log").read_text()
+    assert panel.training.button.isEnabled()
+
+
+def test_keys_are_bound_and_listed_once(labelled):
+    viewer, panel = labelled
+    bound = {str(key) for key in viewer.keymap}
+    assert {key.replace("-", "+") for key, _what in KEYS.values()} <= {key.replace("-", "+") for key in bound}
+    assert "(Shift+C)" in panel.ledger.buttons[Cell.COMPLETE].toolTip()
+
+
+def test_export_says_same_grid(labelled, tmp_path):
+    _viewer, panel = labelled
+    panel.result.export_to(tmp_path / "mine.nii.gz")
+    assert panel.result.status.text() == "mine.nii.gz: same grid as source"
+    with pytest.raises(UserError, match="the file of the volume itself"):
+        panel.result.export_to(panel.session.opened.path)
+
+
+def test_settings_are_remembered(open_panel):
+    _viewer, panel = open_panel("Finetune")
+    panel.training.minutes.setValue(7)
+    from napari_kaf._settings import settings
+
+    assert settings().minutes == 7
+    assert panel.training.minutes.toolTip() == "How long a finetuning trains before it hands over its result."
+
+
+def test_the_strip_goes_where_it_is_clicked(labelled, qtbot):
+    _viewer, panel = labelled
+    strip = panel.ledger.strip
+    strip.resize(300, 30)
+    from qtpy.QtCore import Qt
+
+    qtbot.mouseClick(strip, Qt.MouseButton.LeftButton, pos=strip.cell_rect(3).center().toPoint())
+    assert panel.session.slice == 3
+    qtbot.keyClick(strip, Qt.Key.Key_Left)
+    assert panel.session.slice == 2
+    panel.ledger.next.click()
+    assert panel.session.slice == 3
+
+
+def test_closing_the_viewer_ends_the_training_and_keeps_the_strokes(labelled, qtbot):
+    viewer, panel = labelled
+    panel.training.minutes.setValue(60)
+    panel.training.button.click()
+    qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=300_000)
+    worker, volume_path = panel.life.job._worker, panel.session.opened.path
+    panel.session.labels.data_setitem((np.array([2]), np.array([9]), np.array([9])), 1)
+    viewer.close()
+    qtbot.waitUntil(lambda: not worker.is_running, timeout=20_000)
+    with np.load(volume_path.parent / "heart_003.kaf-labels.npz") as kept:
+        assert kept["labels"][2, 9, 9] == 1
+
+
+def test_the_wheel_scrolls_and_changes_no_value(labelled, qtbot):
+    _viewer, panel = labelled
+    panel.show()
+    from qtpy.QtCore import QPoint, QPointF, Qt
+    from qtpy.QtGui import QWheelEvent
+    from qtpy.QtWidgets import QApplication
+
+    panel.training.minutes.clearFocus()
+    turn = QWheelEvent(
+        QPointF(5, 5),
+        QPointF(5, 5),
+        QPoint(0, 0),
+        QPoint(0, -120),
+        Qt.MouseButton.NoButton,
+        Qt.KeyboardModifier.NoModifier,
+        Qt.ScrollPhase.NoScrollPhase,
+        False,
+    )
+    before = panel.training.minutes.value()
+    QApplication.sendEvent(panel.training.minutes, turn)
+    assert panel.training.minutes.value() == before
+
+
+def test_a_class_that_is_not_painted_is_not_trained(labelled, monkeypatch):
+    _viewer, panel = labelled
+    panel.session.add_class("never painted")
+    asked: list[FinetuneRequest] = []
+
+    def ask(request: FinetuneRequest, control: object):
+        asked.append(request)
+        yield from ()
+        raise UserError("enough")
+
+    monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", ask)
+    panel.training.start()
+    time.sleep(0.2)
+    assert asked[0].class_names == {1: "structure"}

@@ -1,0 +1,127 @@
+"""The ledger and its file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kaf_model.errors import UserError
+from napari_kaf._classes import ClassEntry
+from napari_kaf._ledger import Cell, Ledger
+from napari_kaf._sidecar import Sidecar, Snapshot
+
+CLASSES = (ClassEntry(1, "left ventricle", (0.9, 0.6, 0.0, 1.0)),)
+
+
+def test_painting_makes_partial_and_erasing_untouched():
+    ledger = Ledger(3)
+    ledger.note_paint(1, True)
+    assert ledger.states == (Cell.UNTOUCHED, Cell.PARTIAL, Cell.UNTOUCHED)
+    ledger.note_paint(1, False)
+    assert ledger.states[1] is Cell.UNTOUCHED
+
+
+def test_painting_on_a_complete_slice_leaves_it_complete_and_on_an_accepted_one_does_not():
+    ledger = Ledger(2, [Cell.COMPLETE, Cell.ACCEPTED])
+    ledger.note_paint(0, True)
+    ledger.note_paint(1, True)
+    assert ledger.states == (Cell.COMPLETE, Cell.PARTIAL)
+
+
+def test_only_what_the_user_marked_is_trained_on():
+    ledger = Ledger(6, [*list(Cell)[:4], Cell.UNTOUCHED, Cell.ACCEPTED])
+    ledger.set_predicted([0, 4])
+    assert ledger.training() == {1: "partial", 2: "complete", 3: "empty"}
+    assert ledger.cell(4) is Cell.PREDICTED
+    assert ledger.states[4] is Cell.UNTOUCHED
+
+
+def test_engine_and_ledger_use_the_same_words():
+    from kaf_model.labels import SliceStatus
+
+    assert {str(status) for status in SliceStatus} == {"partial", "complete", "empty"}
+    assert {
+        SliceStatus(value) for value in Ledger(3, ["partial", "complete", "empty"]).training().values()
+    } == set(SliceStatus)
+
+
+def test_stepping_finds_the_next_labelled_slice():
+    ledger = Ledger(6)
+    ledger.mark([1, 4], Cell.COMPLETE)
+    assert ledger.labelled_after(1, 1) == 4
+    assert ledger.labelled_after(4, -1) == 1
+    assert ledger.labelled_after(4, 1) is None
+
+
+@pytest.fixture
+def voxels() -> np.ndarray:
+    return np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+
+
+@pytest.fixture
+def snapshot(voxels) -> Snapshot:
+    return Snapshot((voxels % 2).astype(np.uint8), (Cell.COMPLETE, Cell.UNTOUCHED), CLASSES, (8.0, 1.5, 1.5))
+
+
+def test_saved_work_comes_back_whole(tmp_path, plugin_home, voxels, snapshot):
+    source = tmp_path / "scan.nii.gz"
+    path = Sidecar(source, "scan", voxels).save(snapshot)
+    assert path == tmp_path / "scan.kaf-labels.npz"
+    back = Sidecar(source, "scan", voxels).load()
+    np.testing.assert_array_equal(back.labels, snapshot.labels)
+    assert (back.states, back.classes, back.spacing) == (snapshot.states, CLASSES, (8.0, 1.5, 1.5))
+    assert back.saved
+
+
+def test_another_volume_of_the_same_name_is_not_offered_it(tmp_path, plugin_home, voxels, snapshot):
+    Sidecar(tmp_path / "scan.nii.gz", "scan", voxels).save(snapshot)
+    assert Sidecar(tmp_path / "scan.nii.gz", "scan", voxels + 1).load() is None
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, plugin_home, voxels, snapshot, monkeypatch):
+    sidecar = Sidecar(tmp_path / "scan.nii.gz", "scan", voxels)
+    path = sidecar.save(snapshot)
+    before = path.read_bytes()
+    monkeypatch.setattr(np, "savez_compressed", _half_a_file)
+    with pytest.raises(KeyboardInterrupt):
+        sidecar.save(snapshot)
+    assert path.read_bytes() == before
+    assert sorted(entry.name for entry in tmp_path.iterdir() if entry.is_file()) == ["scan.kaf-labels.npz"]
+
+
+def test_a_folder_that_cannot_be_written_is_passed_over(tmp_path, plugin_home, voxels, snapshot):
+    (tmp_path / "file").write_text("no folder")
+    sidecar = Sidecar(tmp_path / "file" / "scan.nii.gz", "scan", voxels)
+    path = sidecar.save(snapshot)
+    assert path.parent == plugin_home / "labels"
+    assert sidecar.load() is not None
+
+
+def test_setting_aside_keeps_the_work_under_another_name(tmp_path, plugin_home, voxels, snapshot):
+    sidecar = Sidecar(tmp_path / "scan.nii.gz", "scan", voxels)
+    sidecar.save(snapshot)
+    (kept,) = sidecar.set_aside()
+    assert kept.is_file()
+    assert sidecar.load() is None
+
+
+def test_a_damaged_file_is_named_and_left(tmp_path, plugin_home, voxels):
+    path = tmp_path / "scan.kaf-labels.npz"
+    path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"scan\.kaf-labels\.npz .* damaged"):
+        Sidecar(tmp_path / "scan.nii.gz", "scan", voxels).load()
+    assert path.read_bytes() == b"damaged"
+
+
+def _half_a_file(file, **_arrays) -> None:
+    file.write(b"half")
+    os.fsync(file.fileno())
+    raise KeyboardInterrupt
+
+
+def test_paths_are_made(tmp_path: Path, plugin_home, voxels, snapshot):
+    path = Sidecar(None, "an array/with odd: name", voxels).save(snapshot)
+    assert path.is_relative_to(plugin_home)

@@ -1,0 +1,158 @@
+"""The Segment and Pretrain panels, with models trained for a few steps."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from kaf_model.errors import UserError
+from napari_kaf import _layers
+from napari_kaf.widgets.segment import _BESIDE
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A checkpoint trained for two steps on a small heart; what it finds is of no interest."""
+    from kaf_model.config import FinetuneConfig, ModelConfig
+    from kaf_model.finetune import finetune
+    from kaf_model.labels import LabelledVolume, SliceStatus
+    from kaf_model.phantom import make_heart
+    from kaf_model.volume import Volume
+
+    heart = make_heart(3, shape=(5, 48, 64), spacing=(16.0, 2.4, 2.4))
+    case = LabelledVolume(
+        Volume.from_array(heart.image, heart.spacing), heart.labels, {2: SliceStatus.COMPLETE}
+    )
+    path = tmp_path_factory.mktemp("model") / "quick.safetensors"
+    training = FinetuneConfig(steps=2, batch_size=2, augment={"crop": (32, 32)})
+    architecture = ModelConfig.preset("small", attention_blocks=1)
+    for _progress in finetune(
+        architecture, [case], training, class_names=heart.classes, output=path, device="cpu"
+    ):
+        pass
+    return path
+
+
+def finish(panel, qtbot) -> None:
+    qtbot.waitUntil(lambda: not panel.session.busy, timeout=300_000)
+
+
+def test_segment_without_a_model_says_so(open_panel, notifications):
+    _viewer, panel = open_panel("Segment")
+    panel.row.button.click()
+    assert "no trained model yet" in notifications[-1]
+
+
+def test_segment_an_open_volume_against_its_labels(
+    open_panel, small_heart, model, qtbot, tmp_path, notifications
+):
+    labels = small_heart.parents[1] / "labels" / small_heart.name
+    viewer, panel = open_panel("Segment", small_heart, labels)
+    qtbot.waitUntil(lambda: panel.layers.count() == 1)
+    panel.model.add_file(model)
+    assert "2 steps on 1 labelled slices" in panel.model.about.text()
+    panel.uncertainty.setChecked(True)
+    panel.reference.setCurrentText(_BESIDE)
+    panel.row.button.click()
+    finish(panel, qtbot)
+    assert "1 volumes" in panel.row.status.text()
+    assert panel.table.rowCount() == 3
+    assert _layers.layers_with_role(viewer, "result")[0].data.shape == (5, 48, 64)
+    (uncertainty,) = _layers.layers_with_role(viewer, "uncertainty")
+    assert 0 <= uncertainty.data.min() <= uncertainty.data.max() <= 1
+    panel.save_csv(tmp_path / "scores.csv")
+    with open(tmp_path / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["name"] for row in rows} == {"right ventricle", "myocardium", "left ventricle"}
+    reference = nib.load(labels)
+    voxel_ml = abs(np.linalg.det(reference.affine[:3, :3])) / 1000
+    expected = float((np.asarray(reference.dataobj) == 3).sum()) * voxel_ml
+    assert float(rows[2]["reference_ml"]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_segment_a_folder_into_a_folder(open_panel, small_heart, model, qtbot, tmp_path, notifications):
+    (small_heart.parent / "broken.nii.gz").write_bytes(b"no volume")
+    _viewer, panel = open_panel("Segment")
+    panel.model.add_file(model)
+    panel.source.setCurrentIndex(1)
+    panel.input.set_path(small_heart.parent)
+    panel.output.set_path(tmp_path / "out")
+    panel.row.button.click()
+    finish(panel, qtbot)
+    written = nib.load(tmp_path / "out" / small_heart.name)
+    np.testing.assert_allclose(written.affine, nib.load(small_heart).affine)
+    assert "1 problems" in panel.row.status.text()
+    assert "broken.nii.gz" in panel.row.status.text()
+
+
+def test_segment_refuses_to_write_among_the_volumes(open_panel, small_heart, model):
+    _viewer, panel = open_panel("Segment")
+    panel.model.add_file(model)
+    panel.source.setCurrentIndex(1)
+    panel.input.set_path(small_heart.parent)
+    panel.output.set_path(small_heart.parent)
+    with pytest.raises(UserError, match="among the volumes"):
+        panel.start()
+
+
+@pytest.fixture
+def pretrain_panel(open_panel, small_heart, qtbot):
+    """The panel on a folder with one usable volume and one broken file."""
+    (small_heart.parent / "broken.nii.gz").write_bytes(b"no volume")
+    _viewer, panel = open_panel("Pretrain")
+    panel.folder.set_path(small_heart.parent)
+    finish(panel, qtbot)
+    return panel
+
+
+def test_the_folder_is_looked_at_before_training(pretrain_panel):
+    assert "1 usable volumes, 5 slices; 1 cannot be used" in pretrain_panel.found.text()
+    reasons = [pretrain_panel.table.item(row, 4).text() for row in range(2)]
+    assert any("cannot be read" in reason for reason in reasons)
+    assert pretrain_panel.table.item(1, 2).text() == "48 x 64"
+
+
+def test_an_empty_folder_is_answered(open_panel, tmp_path, qtbot, notifications):
+    _viewer, panel = open_panel("Pretrain")
+    (tmp_path / "empty").mkdir()
+    panel.folder.set_path(tmp_path / "empty")
+    finish(panel, qtbot)
+    assert "holds no volume" in notifications[-1]
+    panel.row.button.click()
+    assert "no volume to pretrain on" in notifications[-1]
+
+
+def test_pretrain_cancel_resume_finish(pretrain_panel, qtbot, notifications):
+    panel = pretrain_panel
+    panel.steps.setValue(3)
+    panel.row.button.click()
+    qtbot.waitUntil(lambda: len(panel.curve.points("pcl")) >= 1, timeout=300_000)
+    panel.pause.click()
+    panel.row.button.click()  # cancels, also while it is paused
+    finish(panel, qtbot)
+    assert "can be used, or resumed" in panel.row.status.text()
+    assert "correspondences" in panel.pair_title.text()
+    assert panel.output.is_file()
+    panel.row.button.click()
+    assert "already" in notifications[-1]
+    assert panel.resume.isEnabled()
+    panel.resume.click()
+    finish(panel, qtbot)
+    assert panel.row.status.text() == f"Finished after 3 steps: {panel.output}"
+    assert [name for name, _ in panel.curve._points.items()] == ["pcl", "global", "local"]
+    assert not panel.resume.isEnabled()
+    from napari_kaf._models import choices
+
+    (found,) = choices([], None, ["pretrained"])
+    assert found.about == "pretrained 3 steps on 1 volumes, 5 slices"
+
+
+def test_the_estimate_is_measured(pretrain_panel, qtbot, notifications):
+    pretrain_panel.trial.click()
+    finish(pretrain_panel, qtbot)
+    assert "2000 steps" in pretrain_panel.estimate.text()
+    assert not pretrain_panel.output.is_file()

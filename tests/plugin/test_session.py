@@ -1,0 +1,278 @@
+"""The session on a viewer model, without a window: labels, ledger, saving, results."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from napari.components import ViewerModel
+
+from kaf_model.errors import UserError
+from kaf_model.volume import Volume
+from napari_kaf import _autosave, _layers
+from napari_kaf._ledger import Cell
+from napari_kaf._runs import Run
+from napari_kaf._session import Session, session_for
+
+SHAPE = (4, 12, 16)
+
+
+@pytest.fixture
+def viewer() -> ViewerModel:
+    return ViewerModel()
+
+
+@pytest.fixture
+def session(viewer, plugin_home, tmp_path) -> Session:
+    """A session on a volume that lies in a folder."""
+    array = np.random.default_rng(0).integers(0, 500, SHAPE).astype(np.int16)
+    volume = Volume.from_array(array, (8, 1.5, 1.5), name="scan")
+    viewer.add_image(array, name="scan", **_layers.layer_arguments(volume, "volume"))
+    session = session_for(viewer)
+    session.poll()
+    session.new_labels()
+    yield session
+    session.close()
+
+
+def paint(session: Session, z: int, value: int = 1) -> None:
+    plane = np.zeros(SHAPE, bool)
+    plane[z, 3:6, 4:9] = True
+    session.labels.data_setitem(np.nonzero(plane), value)
+    session.poll()
+
+
+def test_the_open_volume_is_picked_up_at_its_scale(session):
+    assert session.opened.volume.spacing == (8.0, 1.5, 1.5)
+    np.testing.assert_allclose(session.labels.scale, (8, 1.5, 1.5))
+    assert session.labels.mode == "paint"
+
+
+def test_paint_marks_partial_and_undo_takes_it_back(session):
+    paint(session, 2)
+    assert session.ledger.states[2] is Cell.PARTIAL
+    session.labels.undo()
+    session.poll()
+    assert session.ledger.states[2] is Cell.UNTOUCHED
+
+
+def test_marking_says_what_contradicts_the_paint(session):
+    paint(session, 1)
+    with pytest.raises(UserError, match="painted on, so it is not empty"):
+        session.mark(Cell.EMPTY, [1])
+    said = []
+    session.told.connect(said.append)
+    session.mark(Cell.COMPLETE, [3])
+    assert session.ledger.states[3] is Cell.EMPTY
+    assert "verified empty" in said[0]
+
+
+def test_a_value_nobody_named_becomes_a_class(session):
+    paint(session, 0, value=5)
+    assert [(entry.value, entry.name) for entry in session.classes] == [(1, "structure"), (5, "class 5")]
+
+
+def test_a_painted_class_is_not_removed(session):
+    paint(session, 0)
+    with pytest.raises(UserError, match="15 pixels are painted"):
+        session.remove_class(1)
+    session.add_class("valve")
+    session.remove_class(2)
+    assert [entry.value for entry in session.classes] == [1]
+
+
+def give_result(session: Session, value: int = 1) -> np.ndarray:
+    result = np.zeros(SHAPE, np.uint8)
+    result[:, 2:8, 2:10] = value
+    run = Run("k", "run 1", "2026-01-01T00:00:00+00:00", {0: "complete"}, 5, 1.0, False, None, "", "CPU")
+    session.show_run(run, result)
+    return result
+
+
+def test_a_result_lies_in_its_own_layer_and_leaves_the_drawing_alone(session, viewer):
+    paint(session, 1)
+    before = session.labels.data.copy()
+    give_result(session)
+    np.testing.assert_array_equal(session.labels.data, before)
+    assert viewer.layers.selection.active is session.labels  # the brush does not change layers
+    assert session.ledger.cell(0) is Cell.PREDICTED
+
+
+def test_accepting_fills_what_is_not_the_users_and_undo_takes_it_back(session):
+    paint(session, 0)
+    paint(session, 1, value=2)
+    session.mark(Cell.COMPLETE, [0])
+    drawn = session.labels.data.copy()
+    result = give_result(session)
+    assert session.accept(range(4)) == 3
+    np.testing.assert_array_equal(session.labels.data[0], drawn[0])  # complete: as drawn
+    np.testing.assert_array_equal(session.labels.data[1], np.where(drawn[1], drawn[1], result[1]))
+    np.testing.assert_array_equal(session.labels.data[2:], result[2:])
+    assert session.ledger.states == (Cell.COMPLETE, Cell.ACCEPTED, Cell.ACCEPTED, Cell.ACCEPTED)
+    session.labels.undo()
+    session.poll()
+    np.testing.assert_array_equal(session.labels.data, drawn)
+    assert session.ledger.states == (Cell.COMPLETE, Cell.PARTIAL, Cell.UNTOUCHED, Cell.UNTOUCHED)
+    session.labels.redo()
+    session.poll()
+    assert session.ledger.states[2] is Cell.ACCEPTED
+
+
+def test_accepted_slices_are_not_trained_on_until_marked(session):
+    give_result(session)
+    session.accept(range(4))
+    assert session.ledger.training() == {}
+
+
+def test_accepting_a_finished_slice_is_refused(session):
+    paint(session, session.slice)
+    session.mark(Cell.COMPLETE)
+    give_result(session)
+    with pytest.raises(UserError, match="stays as you drew it"):
+        session.accept()
+
+
+def test_rejecting_removes_the_layer(session, viewer):
+    give_result(session)
+    session.reject()
+    assert not _layers.layers_with_role(viewer, "result")
+    with pytest.raises(UserError, match="no result"):
+        session.accept()
+
+
+def test_strokes_are_saved_within_seconds_and_come_back_after_a_crash(session, viewer, monkeypatch):
+    monkeypatch.setattr(_autosave, "SAVE_AFTER", 0.0)
+    paint(session, 2)
+    session.mark(Cell.COMPLETE, [2])
+    session.add_class("valve")
+    session.poll()
+    session._autosave.wait()
+    # The program is killed here: nothing is told to the session. Another one opens the same volume.
+    other = ViewerModel()
+    volume = session.opened.volume
+    other.add_image(volume.array, name="scan", **_layers.layer_arguments(volume, "volume"))
+    again = Session(other)
+    again.poll()
+    assert again.offer is not None
+    assert again.offer.num_marked == 1
+    again.restore()
+    np.testing.assert_array_equal(again.labels.data, session.labels.data)
+    assert again.ledger.states == session.ledger.states
+    assert [entry.name for entry in again.classes] == ["structure", "valve"]
+    again.close()
+
+
+def test_work_that_was_not_restored_is_set_aside_before_it_is_overwritten(session, plugin_home):
+    paint(session, 2)
+    session.flush()
+    other = ViewerModel()
+    volume = session.opened.volume
+    other.add_image(volume.array, name="scan", **_layers.layer_arguments(volume, "volume"))
+    again = Session(other)
+    again.poll()
+    again.new_labels()
+    paint(again, 0)
+    again.flush()
+    kept = list((plugin_home / "labels").glob("*.npz"))
+    assert len(kept) == 2
+    again.close()
+
+
+def test_saving_takes_less_than_the_promised_ten_seconds():
+    from napari_kaf._pulse import INTERVAL
+
+    assert _autosave.SAVE_AFTER + INTERVAL / 1000 < 9
+
+
+def test_a_deleted_label_layer_can_be_restored(session, viewer):
+    paint(session, 2)
+    drawn = session.labels.data.copy()
+    viewer.layers.remove(session.labels)
+    session.poll()
+    assert session.labels is None
+    session.restore()
+    np.testing.assert_array_equal(session.labels.data, drawn)
+
+
+def test_renaming_layers_changes_nothing(session):
+    session.labels.name, session.opened.layer.name = "mine", "other"
+    session.poll()
+    paint(session, 1)
+    assert session.ledger.states[1] is Cell.PARTIAL
+
+
+def test_a_deleted_volume_leaves_an_empty_state(session, viewer):
+    paint(session, 1)
+    viewer.layers.clear()
+    session.poll()
+    assert session.opened is None
+    assert len(session.ledger) == 0
+    with pytest.raises(UserError, match="no volume"):
+        session.new_labels()
+
+
+def test_labels_of_another_shape_are_not_offered(session, viewer):
+    other = viewer.add_labels(np.zeros((3, 12, 16), np.uint8))
+    assert _layers.labels_layers(viewer, session.opened.layer) == [session.labels]
+    session.labels.data = np.zeros((5, 12, 16), np.uint8)
+    said = []
+    session.warned.connect(said.append)
+    session.poll()
+    session.flush()
+    assert session.labels is not other
+    assert "no longer has the shape" in said[0]
+
+
+@pytest.mark.parametrize("shape", [(12, 16), (4, 12, 16)])
+def test_a_bare_array_asks_for_its_spacing_once(viewer, plugin_home, shape):
+    viewer.add_image(np.random.default_rng(1).random(shape).astype(np.float32), name="bare")
+    session = Session(viewer)
+    session.poll()
+    assert not session.opened.spacing_known
+    session.new_labels()
+    session.give_spacing((5, 1, 1))
+    assert session.opened.spacing_known
+    assert session.opened.volume.spacing == (5, 1, 1)
+    session.labels.data_setitem(tuple(np.array([0]) for _ in shape), 1)
+    session.poll()
+    assert session.ledger.states[0] is Cell.PARTIAL
+    session.flush()
+    again = Session(viewer)
+    again.poll()
+    assert again.opened.volume.spacing == (5, 1, 1)
+    session.close()
+    again.close()
+
+
+def test_a_second_volume_has_labels_of_its_own(session, viewer):
+    paint(session, 1)
+    volume = Volume.from_array(np.arange(60, dtype=np.int16).reshape(3, 4, 5), (2, 1, 1), name="second")
+    layer = viewer.add_image(volume.array, name="second", **_layers.layer_arguments(volume, "volume"))
+    session.poll()
+    assert session.opened.layer is not layer  # what is worked on does not change by itself
+    first, first_labels = session.opened.layer, session.labels
+    session.choose_volume(layer)
+    assert session.labels is None
+    session.choose_volume(first)
+    assert session.labels is first_labels
+    assert session.ledger.states[1] is Cell.PARTIAL
+    assert session.offer is None
+
+
+def test_what_cannot_be_saved_is_told_once_and_tried_again(session, monkeypatch):
+    from napari_kaf._sidecar import Sidecar
+
+    def full(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    said = []
+    session.warned.connect(said.append)
+    with monkeypatch.context() as broken:
+        broken.setattr(Sidecar, "_write", full)
+        for z in (0, 1):
+            paint(session, z)
+            session.flush()
+            session.poll()
+    assert len(said) == 1
+    assert "No space left" in said[0]
+    session.flush()  # still pending, and there is room again
+    assert session._autosave.sidecar.load().num_marked == 2
