@@ -15,16 +15,20 @@ PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 SETTINGS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo napari test lint clean
 
 help:
 	@echo "make demo   make a synthetic cohort, pretrain, finetune, segment (at most 5 minutes on two cores)"
+	@echo "make napari open the viewer with the plugin"
 	@echo "make test   run the tests"
 	@echo "make lint   check format, style and types"
 	@echo "make clean  delete .venv, caches and what the demo wrote"
 
 demo: $(VENV)/installed-engine
 	$(BIN)/kaf demo --output demo-output
+
+napari: $(VENV)/installed-viewer
+	$(BIN)/napari -w napari-kaf
 
 test: $(VENV)/installed-tests
 	sh scripts/system-libraries.sh
@@ -48,6 +52,10 @@ $(VENV)/created:
 $(VENV)/installed-engine: $(SETTINGS) | $(VENV)/created
 	$(PIP_INSTALL) -e .
 	touch $@
+
+$(VENV)/installed-viewer: $(SETTINGS) | $(VENV)/created
+	$(PIP_INSTALL) -e ".[qt]"
+	touch $@ $(VENV)/installed-engine
 
 $(VENV)/installed-tests: $(SETTINGS) | $(VENV)/created
 	$(PIP_INSTALL) -e ".[test,dicom,superpoint]"

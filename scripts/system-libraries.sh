@@ -5,7 +5,7 @@
 set -eu
 
 packages="xvfb xauth libegl1 libgl1 libgl1-mesa-dri libglib2.0-0 libdbus-1-3 libfontconfig1 libxkbcommon-x11-0
-libxcb-cursor0 libxcb-icccm4 libxcb-keysyms1 libxcb-shape0"
+libxcb-cursor0 libxcb-icccm4 libxcb-keysyms1 libxcb-shape0 libgssapi-krb5-2 libsqlite3-0"
 
 case $(uname -s) in
 Linux) ;;
