@@ -73,17 +73,22 @@ Steps = Annotated[
     int | None,
     typer.Option(
         "--steps",
+        metavar="N",
         help="Train for this many optimiser steps; with --time-budget, what ends first counts.",
         rich_help_panel=_TRAINING,
     ),
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", help="Seed of weights and sampling.", rich_help_panel=_TRAINING)
+    int | None,
+    typer.Option("--seed", metavar="N", help="Seed of weights and sampling.", rich_help_panel=_TRAINING),
 ]
 Resume = Annotated[
     bool,
     typer.Option(
-        "--resume", help="Go on with an interrupted training of the same output.", rich_help_panel=_TRAINING
+        "--resume",
+        metavar="",
+        help="Go on with an interrupted training of the same output.",
+        rich_help_panel=_TRAINING,
     ),
 ]
 Precision = Annotated[
@@ -101,19 +106,25 @@ Device = Annotated[
 ]
 Frame = Annotated[
     int | None,
-    typer.Option("--frame", help="Which volume of 4-D files, from 0.", rich_help_panel=_READING),
+    typer.Option("--frame", metavar="N", help="Which volume of 4-D files, from 0.", rich_help_panel=_READING),
 ]
 SliceAxis = Annotated[
     int | None,
     typer.Option(
         "--slice-axis",
-        help="Stored axis (0, 1 or 2) to slice along; without it the one with the largest spacing.",
+        metavar="0|1|2",
+        help="Stored axis to slice along; without it the one with the largest spacing.",
         rich_help_panel=_READING,
     ),
 ]
 FillNan = Annotated[
     float | None,
-    typer.Option("--fill-nan", help="Value for voxels that are NaN or infinite.", rich_help_panel=_READING),
+    typer.Option(
+        "--fill-nan",
+        metavar="VALUE",
+        help="Value for voxels that are NaN or infinite.",
+        rich_help_panel=_READING,
+    ),
 ]
 
 
