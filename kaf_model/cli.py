@@ -23,8 +23,9 @@ import typer
 from pydantic import ValidationError
 
 from kaf_model import cli_options as options
-from kaf_model.cli_options import choose_settings, duration_text, one_of
+from kaf_model.cli_options import duration_text, one_of
 from kaf_model.cli_progress import Interrupted, Output, losses_text
+from kaf_model.cli_settings import choose_settings, settings_yaml, validation_text
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(given, prog_name="kaf", standalone_mode=False)
         return code if isinstance(code, int) else OK
     except (UserError, ValidationError) as error:
-        text = options.validation_text(error) if isinstance(error, ValidationError) else str(error)
+        text = validation_text(error) if isinstance(error, ValidationError) else str(error)
         return _fail(_as_options(text), USER_MISTAKE)
     except Interrupted as stop:
         _say_how_to_resume(stop, given)
@@ -557,7 +558,7 @@ def settings(
     assignments: options.SetOptions = None,
 ) -> None:
     """Print every setting with its value and meaning, as YAML for --config."""
-    print(options.settings_yaml(choose_settings(preset, config, assignments).recipe), end="")
+    print(settings_yaml(choose_settings(preset, config, assignments).recipe), end="")
 
 
 # --- what the commands share -------------------------------------------------------------------------------
