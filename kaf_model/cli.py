@@ -23,8 +23,9 @@ import typer
 from pydantic import ValidationError
 
 from kaf_model import cli_options as options
-from kaf_model.cli_options import choose_settings, duration_text, one_of
+from kaf_model.cli_options import duration_text, one_of
 from kaf_model.cli_progress import Interrupted, Output, losses_text
+from kaf_model.cli_settings import choose_settings, settings_yaml, validation_text
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(given, prog_name="kaf", standalone_mode=False)
         return code if isinstance(code, int) else OK
     except (UserError, ValidationError) as error:
-        text = options.validation_text(error) if isinstance(error, ValidationError) else str(error)
+        text = validation_text(error) if isinstance(error, ValidationError) else str(error)
         return _fail(_as_options(text), USER_MISTAKE)
     except Interrupted as stop:
         _say_how_to_resume(stop, given)
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return OK
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
+            return USER_MISTAKE
         if hasattr(error, "format_message"):  # a command line that the parser refuses
             where = getattr(error, "ctx", None)
             path = where.command_path if where is not None else "kaf"
@@ -105,7 +108,7 @@ def _is_non_finite_loss(error: Exception) -> bool:
 def _say_how_to_resume(stop: Interrupted, arguments: Sequence[str]) -> None:
     output = Output()
     if stop.path is None or not stop.trained:
-        output.line("interrupted before there was something new to keep; run the same line again")
+        output.line("interrupted; run the same line again to start over")
         return
     output.line(f"interrupted: {stop.path} is usable as it is; go on with")
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -138,10 +141,17 @@ def _print_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+        typer.Option(
+            "--version",
+            metavar="",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an unexpected error. Goes anywhere.")
+        bool,
+        typer.Option("--debug", metavar="", help="Show the traceback of an unexpected error. Goes anywhere."),
     ] = False,
 ) -> None:
     pass
@@ -156,11 +166,13 @@ OutputFile = Annotated[
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to.")] = Path(
+        "demo-output"
+    ),
     time_budget: Annotated[
         str, typer.Option("--time-budget", metavar="90s|10m|2h", help="Time until both models are trained.")
     ] = "210s",
-    seed: Annotated[int, typer.Option("--seed", help="Seed of weights and sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of weights and sampling.")] = 0,
     device: options.Device = "auto",
 ) -> None:
     """Run the main job on a synthetic heart cohort: pretrain, finetune, segment, evaluate."""
@@ -288,6 +300,7 @@ def finetune(
         float | None,
         typer.Option(
             "--holdout",
+            metavar="PART",
             help="Part of the labelled slices (0 to 1) held out to measure Dice; the best weights are kept.",
             rich_help_panel="Training",
         ),
@@ -384,17 +397,22 @@ def segment(
         ),
     ],
     probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Also write OUT/NAME_probabilities.nii.gz.")
+        bool, typer.Option("--probabilities", metavar="", help="Also write OUT/NAME_probabilities.nii.gz.")
     ] = False,
     uncertainty: Annotated[
         bool,
-        typer.Option("--uncertainty", help="Also write OUT/NAME_uncertainty.nii.gz: entropy from 0 to 1."),
+        typer.Option(
+            "--uncertainty", metavar="", help="Also write OUT/NAME_uncertainty.nii.gz: entropy from 0 to 1."
+        ),
     ] = False,
     flips: Annotated[
-        bool, typer.Option("--flips", help="Average over mirrored copies; 4 times the work.")
+        bool, typer.Option("--flips", metavar="", help="Average over mirrored copies; 4 times the work.")
     ] = False,
     largest_component: Annotated[
-        bool, typer.Option("--largest-component", help="Keep the largest connected piece of each class.")
+        bool,
+        typer.Option(
+            "--largest-component", metavar="", help="Keep the largest connected piece of each class."
+        ),
     ] = False,
     config: options.ConfigFile = None,
     assignments: options.SetOptions = None,
@@ -487,7 +505,7 @@ def evaluate(
 @app.command()
 def info(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Checkpoint or volume.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print everything as JSON.")] = False,
 ) -> None:
     """Tell what is inside a checkpoint or a volume."""
     from kaf_model.cli_info import describe_file, info_rows
@@ -540,7 +558,7 @@ def settings(
     assignments: options.SetOptions = None,
 ) -> None:
     """Print every setting with its value and meaning, as YAML for --config."""
-    print(options.settings_yaml(choose_settings(preset, config, assignments).recipe), end="")
+    print(settings_yaml(choose_settings(preset, config, assignments).recipe), end="")
 
 
 # --- what the commands share -------------------------------------------------------------------------------

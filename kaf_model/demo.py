@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import textwrap
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -205,10 +206,13 @@ def demo_report(result: DemoResult) -> str:
         *(f"  {name:{width}}  {_dice(dice[0]):>16}  {_dice(dice[1]):>16}" for name, dice in rows.items()),
         f"  {'mean':{width}}  {means[0]:>16.3f}  {means[1]:>16.3f}",
         "",
-        f"{_verdict(means[0] - means[1])} Both were trained for equally long: "
-        f"{result.steps['pretrained']} and {result.steps['random']} steps, after {result.pretraining_steps} steps "
-        f"of pretraining on {size.unlabelled} unlabelled subjects. One cohort and one seed prove little: "
-        "longer trainings and other seeds (--time-budget, --seed) can come out otherwise.",
+        textwrap.fill(
+            f"{_verdict(means[0] - means[1])} Both were trained for equally long: {result.steps['pretrained']} and "
+            f"{result.steps['random']} steps, after {result.pretraining_steps} steps of pretraining on "
+            f"{size.unlabelled} unlabelled subjects. One cohort and one seed prove little: longer trainings and "
+            "other seeds (--time-budget, --seed) can come out otherwise.",
+            100,
+        ),
         "",
         f"  figure       {result.figure}",
         f"  label maps   {_predictions(folder, 'pretrained')}/ and {_predictions(folder, 'random')}/",

@@ -30,6 +30,7 @@ from kaf_model.progress import Progress
 from kaf_model.volume import find_volumes, read_labels, read_volume, volume_name
 
 BACKGROUND = 0
+MAP_ENDINGS = ("_probabilities", "_uncertainty")  # of maps that a segmentation writes beside its labels
 LABEL_NAMES = "labels.json"  # beside label files: {"0": "background", "1": "right ventricle", ...}
 
 Labels = NDArray[np.integer]
@@ -364,7 +365,10 @@ def _pair(predictions: Path, references: Path) -> tuple[list[tuple[str, Path, Pa
         )
     notices = []
     if references.is_dir():
-        for name in sorted(predicted.keys() - expected.keys()):
+        maps = {
+            name for name in predicted if name.endswith(MAP_ENDINGS) and name.rpartition("_")[0] in predicted
+        }
+        for name in sorted(predicted.keys() - expected.keys() - maps):
             notices.append(f"{predicted[name]} was not scored: no reference of that name in {references}")
     if predictions.is_dir():
         for name in sorted(expected.keys() - predicted.keys()):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kaf_model.checkpoint import ClassLabel, Model
 from kaf_model.config import SegmentConfig
 from kaf_model.errors import UserError, VolumeError
-from kaf_model.evaluate import LABEL_NAMES
+from kaf_model.evaluate import LABEL_NAMES, MAP_ENDINGS
 from kaf_model.keypoints import KeypointCache
 from kaf_model.progress import Progress
 from kaf_model.segment import Segmentation, segment
@@ -39,10 +39,12 @@ class Planned:
     volume: Path
     labels: Path
 
-    def map_path(self, kind: str) -> Path:
-        """Where its probabilities or its uncertainty go: beside the labels."""
-        ending = format_of(self.labels)[1]
-        return self.labels.with_name(f"{volume_name(self.labels)}_{kind}{ending}")
+    @property
+    def maps(self) -> tuple[Path, Path]:
+        """Where its probabilities and its uncertainty go: beside the labels."""
+        name, (_, ending) = volume_name(self.labels), format_of(self.labels)
+        probabilities, uncertainty = (self.labels.with_name(f"{name}{kind}{ending}") for kind in MAP_ENDINGS)
+        return probabilities, uncertainty
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def plan_outputs(source: Path, output: Path) -> list[Planned]:
     inputs = {volume.resolve() for volume in volumes}
     targets: dict[Path, Path] = {}
     for plan in planned:
-        for path in (plan.labels, plan.map_path("probabilities"), plan.map_path("uncertainty")):
+        for path in (plan.labels, *plan.maps):
             if path.resolve() in inputs:
                 raise UserError(f"{path} is an input and would be overwritten; give another output")
         other = targets.setdefault(plan.labels, plan.volume)
@@ -135,11 +137,8 @@ def segment_files(
             yield Progress("segmenting", number + 1, len(planned), message=f"passed over: {error}")
             continue
         written.append(plan.labels)
-        grid = (
-            f"NOT on the grid of the source: {'; '.join(differences)}"
-            if differences
-            else "same grid as source"
-        )
+        differing = f"NOT on the grid of the source: {'; '.join(differences)}"
+        grid = differing if differences else "same grid as source"
         message = f"{plan.labels}: {volumes_ml(result.labels, volume, model.classes)}; {grid}"
         for notice in volume.notices:
             message += f"\n  {notice}"
@@ -148,11 +147,8 @@ def segment_files(
         else:
             yield Progress("segmenting", number + 1, len(planned), message=message)
     if not written:
-        raise UserError(
-            f"{failed[0]}"
-            if len(failed) == 1
-            else f"none of {len(failed)} volumes could be read: {failed[0]}"
-        )
+        none = f"none of {len(failed)} volumes could be segmented: " if len(failed) > 1 else ""
+        raise UserError(none + failed[0])
     return SegmentedFiles(tuple(written), tuple(failed))
 
 
@@ -181,10 +177,10 @@ def _ml(size: float) -> str:
 def _write(plan: Planned, volume: Volume, result: Segmentation) -> list[str]:
     write_labels(plan.labels, result.labels, like=volume)
     differences = same_grid(plan.labels, like=volume)
-    for kind, maps in (("probabilities", result.probabilities), ("uncertainty", result.uncertainty)):
+    for path, maps in zip(plan.maps, (result.probabilities, result.uncertainty), strict=True):
         if maps is not None:
-            write_maps(plan.map_path(kind), maps, like=volume)
-            differences += same_grid(plan.map_path(kind), like=volume)
+            write_maps(path, maps, like=volume)
+            differences += same_grid(path, like=volume)
     return differences
 
 

@@ -22,7 +22,8 @@ import torch
 
 from kaf_model.checkpoint import load_model
 from kaf_model.cli import main
-from kaf_model.cli_options import choose_settings, duration_text, parse_classes, parse_duration, parse_slices
+from kaf_model.cli_options import duration_text, parse_classes, parse_duration, parse_slices
+from kaf_model.cli_settings import choose_settings
 from kaf_model.config import PRESETS, Recipe
 from kaf_model.errors import UserError
 from kaf_model.phantom import HEART_CLASSES, write_cohort
