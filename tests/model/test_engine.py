@@ -425,10 +425,10 @@ def test_finetuning_learns_its_slices():
 
 def test_class_values_and_names_come_back():
     case = labelled(0, values=(0, 7, 300, 12))
-    _, result = run_finetune(cases=[case], class_names={300: "muscle", 12: "left"})
+    _, result = run_finetune(cases=[case], class_names={300: "muscle", 12: "left", 7: "right"})
     assert [(c.value, c.name) for c in result.model.classes] == [
         (0, "background"),
-        (7, "class 7"),
+        (7, "right"),
         (12, "left"),
         (300, "muscle"),
     ]
