@@ -171,7 +171,7 @@ def demo(
     ),
     time_budget: Annotated[
         str, typer.Option("--time-budget", metavar="90s|10m|2h", help="Time until both models are trained.")
-    ] = "210s",
+    ] = "200s",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of weights and sampling.")] = 0,
     device: options.Device = "auto",
 ) -> None:
