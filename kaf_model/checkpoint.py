@@ -161,6 +161,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappin
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(dict(tensors), temporary, metadata={_HEADER: json.dumps(header)})
+        temporary.chmod(0o666 & ~_umask())  # safetensors lets only the owner read
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
@@ -169,6 +170,13 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappin
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _umask() -> int:
+    """The process's mask of file permissions; the system tells it only in exchange for another."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def load_header(path: str | Path) -> dict[str, Any]:

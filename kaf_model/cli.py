@@ -408,6 +408,9 @@ def segment(
     flips: Annotated[
         bool, typer.Option("--flips", metavar="", help="Average over mirrored copies; 4 times the work.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace label maps that are already in OUT.")
+    ] = False,
     largest_component: Annotated[
         bool,
         typer.Option(
@@ -436,7 +439,7 @@ def segment(
     from kaf_model.keypoints import KeypointCache
     from kaf_model.segment_files import plan_outputs, segment_files, write_class_names
 
-    planned = plan_outputs(source, output)
+    planned = plan_outputs(source, output, overwrite=overwrite)
     loaded = load_model(model, device=choose_device(device))
     out = Output()
     started = time.monotonic()

@@ -181,7 +181,7 @@ def run_demo(
     scores: dict[str, Scores] = {}
     for name, model in models.items():
         predictions = _predictions(output, name)
-        planned = plan_outputs(output / "unseen" / "images", predictions)
+        planned = plan_outputs(output / "unseen" / "images", predictions, overwrite=True)
         planned = [plan for plan in planned if plan.volume in unseen]
         segmenting = segment_files(model, planned, recipe.segment, cache=cache)
         yield from _quietly(f"segmenting, {name} start", segmenting)

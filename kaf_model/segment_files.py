@@ -60,13 +60,18 @@ class SegmentedFiles:
     failed: tuple[str, ...]
 
 
-def plan_outputs(source: Path, output: Path) -> list[Planned]:
+def plan_outputs(source: Path, output: Path, *, overwrite: bool = False) -> list[Planned]:
     """Decide which volumes are segmented into which files.
 
     An output that ends in .nii or .nii.gz is the file of a single volume; else it is a folder.
 
+    Args:
+        source: A volume or a folder of volumes.
+        output: File or folder.
+        overwrite: Whether label maps that are there may be replaced; somebody may have drawn them.
+
     Raises:
-        UserError: If there is no volume, one file is to hold several, or a volume would be overwritten.
+        UserError: If there is no volume, one file is to hold several, or a file would be overwritten.
     """
     if not source.exists():
         raise UserError(f"{source}: no such file or folder; check the path")
@@ -89,6 +94,10 @@ def plan_outputs(source: Path, output: Path) -> list[Planned]:
         for path in (plan.labels, *plan.maps):
             if path.resolve() in inputs:
                 raise UserError(f"{path} is an input and would be overwritten; give another output")
+        if plan.labels.exists() and not overwrite:
+            raise UserError(
+                f"{plan.labels} exists; give another output, or --overwrite to replace label maps"
+            )
         other = targets.setdefault(plan.labels, plan.volume)
         if other is not plan.volume:
             raise UserError(f"{other} and {plan.volume} would both be segmented into {plan.labels}")

@@ -174,6 +174,11 @@ def test_the_main_job_on_files(cohort: Path, models: Path, tmp_path: Path, kaf: 
 
     single = tmp_path / "single.nii.gz"
     run = kaf("segment", cohort / "images/heart_100.nii.gz", "--model", model, "-o", single)
+    drawn = single.read_bytes()
+    again = ("segment", cohort / "images/heart_100.nii.gz", "--model", model, "-o", single)
+    assert_one_error_line(kaf(*again), "--overwrite to replace label maps")
+    assert single.read_bytes() == drawn
+    assert kaf(*again, "--overwrite").code == 0
     assert run.code == 0
     np.testing.assert_array_equal(np.asarray(nib.load(single).dataobj), np.asarray(labels.dataobj))
 
