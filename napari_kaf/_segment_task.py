@@ -173,10 +173,15 @@ def _items(request: SegmentRequest) -> tuple[int, Iterator[_Item | str]]:
     paths = find_volumes([request.folder])
     if not paths:
         raise UserError(f"{request.folder} holds no volume (NIfTI, NRRD, MetaImage or a DICOM series)")
-    return len(paths), (_read(path, request.references) for path in paths)
+    return len(paths), (_read(path, request) for path in paths)
 
 
-def _read(path: Path, references: Path | None) -> _Item | str:
+def _read(path: Path, request: SegmentRequest) -> _Item | str:
+    references = request.references
+    if request.output is not None:
+        target = request.output / f"{volume_name(path)}.nii.gz"
+        if target.exists():  # somebody may have drawn it
+            return f"{path.name} passed over: {target} exists; move it away or choose another folder"
     try:
         item = _Item(None, volume_name(path), read_volume(path, fill_nan=0))
     except VolumeError as error:
