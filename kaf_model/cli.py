@@ -25,9 +25,10 @@ from pydantic import ValidationError
 from kaf_model import cli_options as options
 from kaf_model.cli_options import duration_text, one_of
 from kaf_model.cli_progress import Interrupted, Output, losses_text
-from kaf_model.cli_settings import choose_settings, settings_yaml, validation_text
+from kaf_model.cli_settings import choose_settings, settings_yaml
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
+from kaf_model.settings_layers import validation_text
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
