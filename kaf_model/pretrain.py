@@ -22,7 +22,7 @@ from kaf_model.normalization import gather_over_ranks
 from kaf_model.preparation import PreparedVolume
 from kaf_model.pretext import PretrainResult, train_pretext
 from kaf_model.progress import Progress
-from kaf_model.unet import Encoder
+from kaf_model.unet import build_encoder
 from kaf_model.volume import Unreadable, Volume
 
 
@@ -36,7 +36,7 @@ class PretrainingNetwork(nn.Module):
     def __init__(self, model: ModelConfig, config: PretrainConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(model)
+        self.encoder = build_encoder(model)
         num_kaf = len(self.encoder.kaf_layers)
         if config.weight_pcl:
             self.bottleneck_head = BottleneckHead(
