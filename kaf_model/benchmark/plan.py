@@ -1,8 +1,10 @@
-"""A benchmark as a YAML file: what is compared, on what, how often, and with which budgets."""
+"""A benchmark as a YAML file: what is compared, on what, how often, and with which budgets.
+
+A plan may `extends: NAME` one that comes with the package; each of its keys replaces that one's as a whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -251,10 +253,20 @@ def load_plan(name: str) -> Plan:
     Raises:
         UserError: If it does not exist or does not make sense, naming the key.
     """
+    return validated(Plan, _content(name))
+
+
+def _content(name: str) -> dict[str, Any]:
+    """The keys of a plan, over those of the plan that it extends."""
     try:
         content = yaml.safe_load(plan_text(name))
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise UserError(f"{name} must hold a plan; kaf benchmark plans --show quick prints one")
-    return validated(Plan, content)
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if base not in shipped_plans() or base == name:
+        raise UserError(f"{name} extends {base!r}; only these can be extended: {', '.join(shipped_plans())}")
+    return {**_content(base), **content}

@@ -19,12 +19,12 @@ from lightning_fabric import Fabric
 from kaf_model.benchmark.cohort import Case, Cohort, read_case
 from kaf_model.benchmark.costs import costs_of
 from kaf_model.benchmark.plan import Plan
-from kaf_model.benchmark.pretexts import pretrain_start
 from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult, write_atomically
 from kaf_model.benchmark.runs import Pretraining, Run, all_runs, read_cohort
 from kaf_model.benchmark.scoring import pooled_dice, score_cases
 from kaf_model.benchmark.selection import best_step, keeping_best, read_measurements, steps_between
 from kaf_model.benchmark.splits import slices_to_label
+from kaf_model.benchmark.starts import STARTS
 from kaf_model.benchmark.statistics import volume_dice
 from kaf_model.checkpoint import Model, load_header, load_model, now
 from kaf_model.engine import NonFiniteLoss, make_fabric
@@ -33,6 +33,7 @@ from kaf_model.finetune import finetune
 from kaf_model.keypoints import KeypointCache
 from kaf_model.labels import LabelledVolume
 from kaf_model.progress import Progress
+from kaf_model.volume_queue import VolumeFiles
 
 _COST_SHAPE = (256, 256)  # of the slice whose operations are counted where trainings do not crop
 
@@ -165,12 +166,10 @@ class _Workplace:
         if folder.trained:
             return folder.weights
         try:
-            result = yield from pretrain_start(
-                pretraining.start,
+            result = yield from STARTS[pretraining.start].pretrain(
                 pretraining.recipe,
-                [case.image for case in pretraining.cases],
-                reading=self._plan.data.reading,
-                output=folder.weights,
+                VolumeFiles([case.image for case in pretraining.cases], **self._plan.data.reading),
+                folder.weights,
                 resume=folder.interrupted,
                 fabric=self._fabric,
                 cache=self._cache,
@@ -178,6 +177,7 @@ class _Workplace:
         except (UserError, NonFiniteLoss) as error:
             self._failed_pretrainings[pretraining.folder] = f"pretraining {pretraining.folder.name}: {error}"
             raise
+        assert result is not None
         folder.write_curve(result.curve)
         return folder.weights
 

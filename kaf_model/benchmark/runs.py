@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from kaf_model.benchmark.cohort import Case, Cohort
 from kaf_model.benchmark.datasets import LAYOUTS
+from kaf_model.benchmark.networks import NETWORKS
 from kaf_model.benchmark.patients import choose_patients
 from kaf_model.benchmark.plan import Plan, RowPlan, Tree, slug
-from kaf_model.benchmark.pretexts import RANDOM, check_start, start_settings
 from kaf_model.benchmark.splits import Split, draw_patients, draw_volumes, splits, trials
+from kaf_model.benchmark.starts import STARTS
 from kaf_model.config import Recipe
 from kaf_model.errors import UserError
 from kaf_model.settings_layers import layered_recipe
@@ -48,8 +48,11 @@ class Pretraining:
     def config(self) -> dict[str, Any]:
         """What it is determined by, ready for YAML."""
         parts = ("slices", "keypoints", "model", "pretrain")
+        pretext = STARTS[self.start].pretext
+        assert pretext is not None
         return {
             "start": self.start,
+            "pretext": dict(pretext.settings()),
             "settings": {part: getattr(self.recipe, part).model_dump(mode="json") for part in parts},
             "volumes": [case.name for case in self.cases],
         }
@@ -143,7 +146,8 @@ def all_runs(plan: Plan, cohort: Cohort) -> list[Run]:
             for draw, seed, train, test in _repetitions(plan, cohort, split, column):
                 for row in plan.rows:
                     recipe = _seeded(recipes[row.name], seed, plan.pretraining_seed)
-                    start = Pretraining(row.start, recipe, split.pretraining) if row.start != RANDOM else None
+                    learns = STARTS[row.start].pretext is not None
+                    start = Pretraining(row.start, recipe, split.pretraining) if learns else None
                     run = Run(row.name, column, split.fold, draw, seed, train, test, recipe, start)
                     runs.append(run)
     return sorted(runs, key=lambda run: (run.fold, run.draw, run.seed))
@@ -156,23 +160,20 @@ def columns(plan: Plan) -> list[Column]:
 
 
 def row_recipe(plan: Plan, row: RowPlan) -> Recipe:
-    """All settings of a row: those of the plan, of its start, its recipes and its own, in this order.
+    """All settings of a row: those of the plan, of its recipes, its network, its own, and its start, in this order.
 
     Raises:
         UserError: If they do not fit, naming the row.
     """
-    check_start(row.start)
-    layers: Sequence[Tree] = [
-        plan.settings,
-        plan.budgets.layer,
-        start_settings(row.start),
-        *(plan.recipes[name] for name in row.recipes),
-        row.settings,
-        row.budgets.layer,
-        {"model": {"architecture": row.network}},
-    ]
+    for what, name, known in (("start", row.start, STARTS), ("network", row.network, NETWORKS)):
+        if name not in known:
+            raise UserError(f"row {row.name!r}: unknown {what} {name!r}; choose one of {', '.join(known)}")
+    layers: list[Tree] = [plan.settings, plan.budgets.layer, *(plan.recipes[name] for name in row.recipes)]
+    own: list[Tree] = [row.settings, row.budgets.layer, {"pretrain": dict(STARTS[row.start].overrides)}]
     try:
-        return layered_recipe(plan.preset, layers)
+        sized = NETWORKS[row.network].configure(layered_recipe(plan.preset, layers).model)
+        network = {"architecture": sized.architecture, "start_channels": sized.start_channels}
+        return layered_recipe(plan.preset, [*layers, {"model": network}, *own])
     except UserError as error:
         raise UserError(f"row {row.name!r}: {error}") from error
 
