@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/acdc"))
+    parser.add_argument("--data", type=Path, required=True, help="folder with images/ and labels/")
     parser.add_argument("--train", default="12,76", help="two even patient numbers that are not tested")
     parser.add_argument("--seconds", type=float, default=220, help="of each finetuning")
     parser.add_argument("--pretrain-seconds", type=float, default=330)
