@@ -130,8 +130,8 @@ def cpu_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def count_parameters(weights: Mapping[str, Tensor]) -> int:
-    """Trained numbers among weights: all but the running statistics of normalisation."""
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    """Trained numbers among weights: all but running statistics and other memories of what was seen."""
+    buffers = ("running_mean", "running_var", "num_batches_tracked", "memory_bank", "relative_position_index")
     return sum(value.numel() for name, value in weights.items() if not name.endswith(buffers))
 
 
@@ -292,13 +292,15 @@ class LoadReport:
         return f"loaded {len(self.loaded)} tensors; {fresh}"
 
 
-def load_matching(module: nn.Module, weights: Mapping[str, Tensor], *, prefix: str = "") -> LoadReport:
+def load_matching(
+    module: nn.Module, weights: Mapping[str, Tensor], *, prefix: str | tuple[str, ...] = ""
+) -> LoadReport:
     """Copy the weights that fit a module by name and shape; leave the others.
 
     Args:
         module: What to load into.
         weights: Tensors by name.
-        prefix: Only names that start so are taken over.
+        prefix: Only names that start so, or with one of these, are taken over.
 
     Returns:
         What was loaded and what was left at initialisation.

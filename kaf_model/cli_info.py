@@ -121,7 +121,7 @@ def _checkpoint_rows(path: Path, content: Mapping[str, Any]) -> list[tuple[str, 
 
 def _architecture(model: Mapping[str, Any]) -> str:
     text = f"{model['architecture']}, {model['start_channels']} channels at the start"
-    if model["architecture"] == "kaf-unet":
+    if model["architecture"].startswith("kaf-"):
         levels = ", ".join(map(str, model["kaf_levels"]))
         text += (
             f"; KAF layers at levels {levels} with {model['attention_blocks']} attention blocks, "

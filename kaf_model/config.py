@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 PresetName = Literal["small", "base", "paper-acdc", "paper-chd"]
 PRESETS: tuple[PresetName, ...] = ("small", "base", "paper-acdc", "paper-chd")
+Architecture = Literal["kaf-unet", "unet", "unet-c2", "fcn", "kaf-fcn", "swin-unetr", "swin-unet"]
 
 
 class Settings(BaseModel):
@@ -81,9 +82,10 @@ class CorrespondenceConfig(Settings):
 class ModelConfig(Settings):
     """Architecture of the network."""
 
-    architecture: Literal["kaf-unet", "unet", "unet-c2"] = Field(
+    architecture: Architecture = Field(
         "kaf-unet",
-        description="KAF-UNet, the plain UNet, or the UNet with doubled channels (c2) of the paper's Table 7.",
+        description="KAF-UNet, the plain UNet, the UNet with doubled channels (c2) of the paper's Table 7, the FCN "
+        "with and without KAF layers of its Table 9, Swin UNETR or Swin-Unet.",
     )
     num_classes: int = Field(2, ge=2, description="Classes including the background.")
     start_channels: int = Field(16, gt=0, description="Channels of the first encoder block.")
@@ -117,11 +119,22 @@ class ModelConfig(Settings):
     def _heads_divide(self) -> Self:
         if self.embedding_width % self.heads:
             raise ValueError(f"embedding_width {self.embedding_width} must divide by heads {self.heads}")
-        if self.architecture == "kaf-unet" and not self.kaf_levels:
+        if self.reads_keypoints and not self.kaf_levels:
+            plain = self.architecture.removeprefix("kaf-")
             raise ValueError(
-                "a kaf-unet needs at least one of kaf_levels; choose architecture 'unet' for none"
+                f"a {self.architecture} needs at least one of kaf_levels; choose architecture '{plain}' for none"
+            )
+        if self.architecture.startswith("swin") and self.start_channels % 12:
+            raise ValueError(
+                f"start_channels of a {self.architecture} must divide by 12, got {self.start_channels}; "
+                "published: 48 for swin-unetr, 96 for swin-unet"
             )
         return self
+
+    @property
+    def reads_keypoints(self) -> bool:
+        """Whether the network has KAF layers."""
+        return self.architecture.startswith("kaf-")
 
     @classmethod
     def preset(cls, name: PresetName, **overrides: Any) -> ModelConfig:

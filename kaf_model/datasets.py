@@ -6,7 +6,7 @@ is needed to go on after a break, and each of several processes makes its share 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -130,6 +130,18 @@ class Shard:
         return rows if len(rows) else torch.tensor([number % size])
 
 
+def items_of_step(step: int, batch_size: int, num_items: int, seed: int) -> Iterator[tuple[int, int]]:
+    """What a step sees when every epoch shows every item once, in an order of its own.
+
+    Yields:
+        How many items came before since the first step, and the item's index.
+    """
+    for number in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(number, num_items)
+        order = torch.randperm(num_items, generator=generator_for(seed, epoch, 1))
+        yield number, int(order[place])
+
+
 def augment_views(
     images: Tensor,
     keypoints: Tensor,
@@ -192,10 +204,8 @@ class PretrainingPairs:
     def pairs(self, step: int) -> list[tuple[int, int, int]]:
         """The joint batch of a step as (volume, slice, partner slice)."""
         chosen = []
-        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(number, len(self.index))
-            order = torch.randperm(len(self.index), generator=generator_for(self.seed, epoch, 1))
-            v, z = self.index[int(order[place])]
+        for number, item in items_of_step(step, self.batch_size, len(self.index), self.seed):
+            v, z = self.index[item]
             near = self.neighbours(v, z)
             pick = torch.randint(len(near), (1,), generator=generator_for(self.seed, number, 2))
             chosen.append((v, z, near[int(pick)]))
@@ -316,11 +326,7 @@ class LabelledSlices:
 
     def batch(self, step: int, device: torch.device, shard: Shard | None = None) -> LabelledBatch:
         """The augmented slices of a step."""
-        chosen = []
-        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(number, len(self))
-            order = torch.randperm(len(self), generator=generator_for(self.seed, epoch, 1))
-            chosen.append(int(order[place]))
+        chosen = [item for _, item in items_of_step(step, self.batch_size, len(self), self.seed)]
         rows = (shard or Shard()).rows(len(chosen))
         sizes = torch.tensor([self.slices[s].image.shape for s in chosen])
         transform = SpatialTransform.sample(

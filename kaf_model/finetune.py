@@ -101,7 +101,8 @@ def finetune(
         cases: Volumes with labels on some of their slices.
         training: Loss, budgets and optimiser.
         start: A pretrained or finetuned checkpoint; None starts from random weights. A pretrained one
-            gives its encoder, a finetuned one with the same classes everything. Its preprocessing is kept.
+            gives its encoder and what it has of a decoder, a finetuned one with the same classes everything.
+            Its preprocessing is kept.
         unlabelled: Volumes without labels, for `training.pseudo_labels`; those that cannot be read are named
             and passed over. The unlabelled slices of `cases` are used as well.
         class_names: Names by label value, of all classes there are. None takes those of a finetuned start if
@@ -292,7 +293,7 @@ def _load_start(network: SegmentationNetwork, origin: Checkpoint, classes: Class
     weights = origin.weights
     if origin.kind == "segmentation" and not same_classes:
         weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
-    prefix = "encoder." if origin.kind == "pretrained" else ""
+    prefix = ("encoder.", "decoder.") if origin.kind == "pretrained" else ""  # its heads stay behind
     return load_matching(network, weights, prefix=prefix)
 
 

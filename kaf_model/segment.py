@@ -138,7 +138,7 @@ def _predictions(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Probabilities (n, K, Y, X) on the source grid, batch after batch."""
     detector = make_detector(model.keypoints)
-    reads_keypoints = model.config.architecture == "kaf-unet"
+    reads_keypoints = model.config.reads_keypoints
     batch_size, start = config.batch_size, 0
     while start < len(wanted):
         rows = list(wanted[start : start + batch_size])

@@ -1,0 +1,1 @@
+"""Few-label experiments: every method of the paper under one protocol."""
