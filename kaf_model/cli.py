@@ -300,6 +300,15 @@ def finetune(
             help="Pretrained or finetuned checkpoint; its architecture and preprocessing are kept.",
         ),
     ] = None,
+    unlabelled: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--unlabelled",
+            metavar="DIR_OR_FILE",
+            help="Volumes without labels to learn from as well, by what the model is sure of. Repeatable. The "
+            "unlabelled slices of the cases are used without it.",
+        ),
+    ] = None,
     preset: options.Preset = None,
     time_budget: options.TimeBudget = None,
     steps: options.Steps = None,
@@ -342,6 +351,7 @@ def finetune(
     from kaf_model.finetune import finetune as finetune_on
     from kaf_model.keypoints import KeypointCache
     from kaf_model.labels import SliceStatus
+    from kaf_model.volume_queue import VolumeFiles
 
     out = Output()
     fabric = _fabric(device, precision)
@@ -367,6 +377,9 @@ def finetune(
         fill_nan=fill_nan,
     )
     labelled = out.run(reading)
+    others = (
+        VolumeFiles(unlabelled, frame=frame, slice_axis=slice_axis, fill_nan=fill_nan) if unlabelled else ()
+    )
     if named is not None:
         check_named(labelled, named)
     cache = KeypointCache()
@@ -375,6 +388,7 @@ def finetune(
         labelled,
         chosen.recipe.finetune,
         start=origin,
+        unlabelled=others,
         class_names=named if named is not None else class_names(labels),
         slices=chosen.recipe.slices if origin is None else None,
         keypoints=chosen.recipe.keypoints if origin is None else None,
@@ -420,11 +434,13 @@ def segment(
         bool, typer.Option("--overwrite", help="Replace label maps that are already in OUT.")
     ] = False,
     largest_component: Annotated[
-        bool,
+        str | None,
         typer.Option(
-            "--largest-component", metavar="", help="Keep the largest connected piece of each class."
+            "--largest-component",
+            metavar="learned|all|none",
+            help="Keep only the largest piece of classes that were labelled in one piece, of all, or of none.",
         ),
-    ] = False,
+    ] = None,
     config: options.ConfigFile = None,
     assignments: options.SetOptions = None,
     device: options.Device = "auto",
@@ -433,13 +449,8 @@ def segment(
     fill_nan: options.FillNan = None,
 ) -> None:
     """Segment a volume, or every volume of a folder, on its own grid."""
-    switches = {
-        "probabilities": probabilities,
-        "uncertainty": uncertainty,
-        "flips": flips,
-        "largest_component": largest_component,
-    }
-    given = {name: True for name, wanted in switches.items() if wanted}
+    switches = {"probabilities": probabilities, "uncertainty": uncertainty, "flips": flips}
+    given = {"largest_component": largest_component, **{name: on or None for name, on in switches.items()}}
     recipe = choose_settings(None, config, assignments, {"segment": given}).recipe
 
     from kaf_model.checkpoint import load_model

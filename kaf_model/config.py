@@ -312,6 +312,28 @@ class PretrainConfig(TrainingConfig):
         return cls.model_validate({**_preset("pretrain", name), **overrides})
 
 
+class PseudoLabelConfig(Settings):
+    """Learning from unlabelled slices by the sure predictions of the averaged model (self-training)."""
+
+    share: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="Part of each batch that is pseudo-labelled; 0 learns from labelled slices alone.",
+    )
+    start: float = Field(
+        0.25, ge=0, le=1, description="Part of the training after which the first slices are pseudo-labelled."
+    )
+    every: float = Field(
+        0.15, gt=0, le=1, description="Part of the training after which pseudo-labels are renewed."
+    )
+    slices: int = Field(200, gt=0, description="Slices that are pseudo-labelled at a time, at least.")
+    volumes: int = Field(100, gt=0, description="At most this many volumes without labels are used.")
+    confidence: float = Field(
+        0.9, ge=0, le=1, description="Pixels of lower probability are left out, as if nobody had painted."
+    )
+
+
 class FinetuneConfig(TrainingConfig):
     """Supervised training on a few labelled slices."""
 
@@ -331,6 +353,9 @@ class FinetuneConfig(TrainingConfig):
         lt=1,
         description="Decay of the running average of the weights that is kept; 0 keeps the last.",
     )
+    pseudo_labels: PseudoLabelConfig = Field(
+        default_factory=PseudoLabelConfig, description="Learning from unlabelled slices."
+    )
     holdout: float = Field(
         0.0, ge=0, lt=1, description="Part of the labelled slices held out to measure Dice while training."
     )
@@ -347,8 +372,10 @@ class SegmentConfig(Settings):
 
     batch_size: int = Field(8, gt=0, description="Slices a forward pass.")
     flips: bool = Field(False, description="Average over mirrored copies of each slice (4 times the work).")
-    largest_component: bool = Field(
-        False, description="Keep only the largest connected component of each class."
+    largest_component: Literal["learned", "all", "none"] = Field(
+        "learned",
+        description="Keep only the largest connected piece of the classes that were in one piece wherever they "
+        "were labelled, of all classes, or of none.",
     )
     probabilities: bool = Field(False, description="Also return the probability of each class.")
     uncertainty: bool = Field(False, description="Also return the entropy of the class probabilities, 0..1.")
@@ -405,6 +432,7 @@ _PUBLISHED_FINETUNE = {
     "gradient_clip": None,
     "loss": "cross-entropy",
     "averaging": 0.0,
+    "pseudo_labels": {"share": 0.0},
 }
 
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {

@@ -264,6 +264,20 @@ class PretrainingPairs:
         return _compact_pairs(views, matches0.to(device), position.repeat(2).to(device))
 
 
+def concatenate(batches: Sequence[LabelledBatch]) -> LabelledBatch:
+    """Join labelled batches of one image size."""
+    longest = max(batch.views.valid.shape[1] for batch in batches)
+    keypoints, valid = [], []
+    for batch in batches:
+        missing = longest - batch.views.valid.shape[1]
+        keypoints.append(functional.pad(batch.views.keypoints, (0, 0, 0, missing)))
+        valid.append(functional.pad(batch.views.valid, (0, missing)))
+    images = torch.cat([batch.views.images for batch in batches])
+    return LabelledBatch(
+        Views(images, torch.cat(keypoints), torch.cat(valid)), torch.cat([batch.labels for batch in batches])
+    )
+
+
 def _compact_pairs(views: Views, matches0: Tensor, position: Tensor) -> PretrainingBatch:
     pairs = len(matches0)
     keypoints, valid, order = compact(views.keypoints, views.valid)

@@ -69,7 +69,8 @@ class SwinEncoder(FeatureEncoder):
             itself, padded, is the first of them.
         """
         packed = pack_inputs(images, keypoints, valid)
-        images = pad_to_multiple(images, 32).contiguous()
+        single = self.is_unetr and max(images.shape[2:]) <= 32  # its decoder cannot normalise a single pixel
+        images = pad_to_multiple(images, 64 if single else 32).contiguous()
         transformer = self.transformer
         features = transformer.patch_embed(images)
         stages = [transformer.layers1, transformer.layers2, transformer.layers3, transformer.layers4]
