@@ -28,6 +28,7 @@ from kaf_model.config import FinetuneConfig, KeypointConfig, ModelConfig, SliceC
 from kaf_model.datasets import LabelledBatch, LabelledSlices, Shard, concatenate
 from kaf_model.engine import Trainer, channels_last, generator_for, make_fabric, release_memory
 from kaf_model.errors import UserError
+from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache
 from kaf_model.labels import ClassMap, LabelledVolume, check_learnable, painted_values
 from kaf_model.losses import cross_entropy, soft_dice
@@ -203,7 +204,7 @@ def finetune(
     def pseudo_labelled() -> Generator[Progress, None, None]:
         if pseudo.is_due(trainer.fraction):
             began = time.monotonic()
-            for done, total in pseudo.renew(average.network(), fabric.device):
+            for done, total in pseudo.renew(InferenceNetwork(average.network()), fabric.device):
                 trainer.spend(time.monotonic() - began)
                 yield Progress("labelling other slices", done, total)
                 began = time.monotonic()

@@ -21,6 +21,7 @@ from torch import Tensor
 from kaf_model.anatomy import keep_largest_components
 from kaf_model.config import KeypointConfig, PseudoLabelConfig, SliceConfig
 from kaf_model.engine import generator_for
+from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache, make_detector
 from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
 from kaf_model.losses import IGNORED
@@ -35,7 +36,6 @@ from kaf_model.preparation import (
 from kaf_model.progress import Progress
 from kaf_model.segment import predict_slices
 from kaf_model.slices import Slices
-from kaf_model.unet import SegmentationNetwork
 from kaf_model.volume import Unreadable, Volume
 from kaf_model.volume_queue import VolumeFiles
 
@@ -150,12 +150,12 @@ class PseudoLabels:
         return bool(self._pool) and due <= fraction < 1
 
     def renew(
-        self, network: SegmentationNetwork, device: torch.device
+        self, network: InferenceNetwork, device: torch.device
     ) -> Generator[tuple[int, int], None, None]:
         """Predict the labels of some volumes, drawn anew in each round.
 
         Args:
-            network: The averaged model, in evaluation mode on `device`.
+            network: The averaged model, on `device`.
             device: Where it is.
 
         Yields:
@@ -191,7 +191,7 @@ class PseudoLabels:
         self._take({int(index): value.numpy() for index, value in own.items()})
 
     def _predict(
-        self, prepared: PreparedVolume, rows: slice, network: SegmentationNetwork, device: torch.device
+        self, prepared: PreparedVolume, rows: slice, network: InferenceNetwork, device: torch.device
     ) -> NDArray[np.int8]:
         """Channels (n, H, W) where the model is sure, IGNORED elsewhere."""
         images = np.asarray(prepared.images[rows], dtype=np.float32)

@@ -95,7 +95,7 @@ class Encoder(FeatureEncoder):
             self.widths.append(channels_in)
             self.decoder_widths.append(channels_in if config.decoder == "wide" else channels)
         self.bottleneck_width = 2 * self.decoder_widths[-1]
-        self.pool = nn.MaxPool2d(2)
+        self.pool: nn.Module = nn.MaxPool2d(2)
         self.centre = nn.Sequential(
             nn.Conv2d(channels_in, self.bottleneck_width, 3, padding=1),
             nn.ReLU(inplace=True),
