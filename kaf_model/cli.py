@@ -1,4 +1,4 @@
-"""The command line, `kaf`: demo, pretrain, finetune, segment, evaluate, info, import, settings, benchmark.
+"""The command line, `kaf`: demo, pretrain, finetune, segment, evaluate, figure, benchmark and more.
 
 Commands only read options, call the engine and print. What computes is imported when a command runs, so
 that `--help` is quick. A user's mistake is one line on standard error and exit code 2; an interrupted
@@ -24,6 +24,8 @@ from pydantic import ValidationError
 
 from kaf_model import cli_options as options
 from kaf_model.cli_benchmark import benchmark_app
+from kaf_model.cli_explore import explore_report
+from kaf_model.cli_figure import figure_app
 from kaf_model.cli_options import duration_text, one_of
 from kaf_model.cli_progress import Interrupted, Output, losses_text
 from kaf_model.cli_settings import choose_settings, settings_yaml
@@ -519,6 +521,10 @@ def evaluate(
         except OSError as error:
             raise UserError(f"cannot write {output}: {error.strerror}; choose another place") from error
         out.line(f"wrote {output}: {len(scores.rows)} lines")
+
+
+app.add_typer(figure_app, name="figure")
+app.command("explore-report")(explore_report)
 
 
 # --- files and settings ------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The compared starts: they learn, stop, resume, and start a finetuning; and what their views look like."""
 
 import contextlib
+import os
+import socket
 
 import numpy as np
 import pytest
@@ -185,6 +187,44 @@ def test_a_batch_depends_on_its_step_only(name, prepared):
     data.batch(0, CPU, Shard())
     assert same(data.batch(3, CPU, Shard()), again.batch(3, CPU, Shard()))
     assert not same(data.batch(2, CPU, Shard())[0], data.batch(3, CPU, Shard())[0])
+
+
+JOINT = ["glcl-full", "rotation", "pirl", "caid"]  # SimCLR's loss is in CAiD, GLCL-global's in GLCL-full
+
+
+def joint_training(name, output):
+    training = PRETRAIN.override(optimizer="sgd", batch_size=4, steps=2, learning_rate=0.01)
+    fabric = engine.make_fabric("cpu", precision="float32")
+    volumes = [heart(seed)[0] for seed in range(2)]
+    work = STARTS[name].pretrain(RECIPE.override(pretrain=training), volumes, output, fabric=fabric)
+    _, result = run(work)
+    return {"curve": result.curve, "weights": dict(result.checkpoint.weights)}
+
+
+def work_together(rank, folder, port):
+    torch.set_num_threads(1)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({name: str(value) for name, value in {**ranks, **where}.items()})
+    results = {name: joint_training(name, folder / f"{name}.safetensors") for name in JOINT}
+    torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one_with_the_joint_batch(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work_together, (tmp_path, port), nprocs=2)
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name in JOINT:
+        alone = joint_training(name, tmp_path / "alone.safetensors")
+        for together in both:
+            for entry, expected in zip(together[name]["curve"], alone["curve"], strict=True):
+                assert entry == pytest.approx(expected, rel=1e-4, abs=1e-4), name
+            for key, value in alone["weights"].items():
+                ours = together[name]["weights"][key]
+                assert torch.allclose(ours.float(), value.float(), atol=1e-4, rtol=1e-3), (name, key)
 
 
 # Views

@@ -13,7 +13,7 @@ from kaf_model.benchmark.starts.simclr import instance_loss
 from kaf_model.benchmark.starts.views import SliceBatch, SliceViews
 from kaf_model.config import ModelConfig, PretrainConfig
 from kaf_model.heads import BottleneckHead
-from kaf_model.normalization import BatchNorm
+from kaf_model.normalization import BatchNorm, mean_over_ranks
 from kaf_model.preparation import PreparedVolume
 from kaf_model.unet import NUM_LEVELS, build_encoder
 
@@ -59,7 +59,7 @@ class CaidNetwork(nn.Module):
         restored = self.restoration(bottleneck, batch.restored.shape[-2:])
         losses = {
             "instance": instance_loss(self.head(bottleneck), batch.instance, temperature=self.temperature),
-            "context": functional.mse_loss(restored.float(), batch.restored),
+            "context": mean_over_ranks(functional.mse_loss(restored.float(), batch.restored)),
         }
         return {"total": losses["instance"] + self.context_weight * losses["context"], **losses}
 

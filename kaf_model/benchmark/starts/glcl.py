@@ -22,7 +22,7 @@ from kaf_model.datasets import Shard, Views
 from kaf_model.engine import generator_for
 from kaf_model.errors import UserError
 from kaf_model.heads import BottleneckHead
-from kaf_model.normalization import BatchNorm, gather_over_ranks
+from kaf_model.normalization import BatchNorm, gather_over_ranks, mean_over_ranks
 from kaf_model.precision import full_precision
 from kaf_model.preparation import PreparedVolume
 from kaf_model.unet import Decoder, Encoder, EncoderOutput, build_encoder
@@ -178,9 +178,9 @@ class GlobalLocalNetwork(_PartsTold):
         encoded = self.encoder(*views)
         losses = {"global": self.contrast(encoded.bottleneck[: 2 * slices], batch.slices.slice_position)}
         both = torch.cat([torch.arange(slices), torch.arange(2 * slices, 3 * slices)]).to(views[0].device)
-        losses["local"] = region_contrastive_loss(
-            *self._regions(encoded, both, batch.seed).chunk(2), temperature=self.temperature
-        )
+        regions, again = self._regions(encoded, both, batch.seed).chunk(2)
+        local = region_contrastive_loss(regions, again, temperature=self.temperature)
+        losses["local"] = mean_over_ranks(local)
         return {"total": losses["global"] + losses["local"], **losses}
 
     def _regions(self, encoded: EncoderOutput, rows: Tensor, seed: int) -> Tensor:

@@ -16,7 +16,7 @@ from kaf_model.datasets import Shard, Views, compact
 from kaf_model.engine import generator_for
 from kaf_model.errors import UserError
 from kaf_model.heads import BottleneckHead
-from kaf_model.normalization import gather_over_ranks
+from kaf_model.normalization import gather_over_ranks, mean_over_ranks
 from kaf_model.precision import full_precision
 from kaf_model.preparation import PreparedVolume
 from kaf_model.unet import build_encoder
@@ -156,8 +156,10 @@ class PirlNetwork(nn.Module):
         negatives = self.memory_bank[batch.negatives]
         told_from = batch.negatives != batch.slices.instance[:, None]
         losses = {
-            name: noise_contrastive_loss(
-                embeddings, remembered, negatives, told_from, temperature=self.pretext.temperature
+            name: mean_over_ranks(
+                noise_contrastive_loss(
+                    embeddings, remembered, negatives, told_from, temperature=self.pretext.temperature
+                )
             )
             for name, embeddings in (("slice", seen), ("jigsaw", puzzled))
         }

@@ -13,6 +13,7 @@ from kaf_model.benchmark.starts.views import SliceBatch, SliceViews
 from kaf_model.config import ModelConfig, PretrainConfig
 from kaf_model.datasets import Views, compact
 from kaf_model.heads import BottleneckHead
+from kaf_model.normalization import mean_over_ranks
 from kaf_model.preparation import PreparedVolume
 from kaf_model.unet import build_encoder
 
@@ -54,7 +55,7 @@ class RotationNetwork(nn.Module):
         """Losses of one batch."""
         turned, turns = quarter_turns(batch.views)
         logits = self.head(self.encoder(*turned).bottleneck)
-        return {"total": functional.cross_entropy(logits.float(), turns)}
+        return {"total": mean_over_ranks(functional.cross_entropy(logits.float(), turns))}
 
 
 def quarter_turns(views: Views) -> tuple[Views, Tensor]:
