@@ -1,4 +1,4 @@
-"""The command line: `kaf demo | pretrain | finetune | segment | evaluate | info | import | settings`.
+"""The command line, `kaf`: demo, pretrain, finetune, segment, evaluate, info, import, settings, benchmark.
 
 Commands only read options, call the engine and print. What computes is imported when a command runs, so
 that `--help` is quick. A user's mistake is one line on standard error and exit code 2; an interrupted
@@ -23,11 +23,13 @@ import typer
 from pydantic import ValidationError
 
 from kaf_model import cli_options as options
+from kaf_model.cli_benchmark import benchmark_app
 from kaf_model.cli_options import duration_text, one_of
 from kaf_model.cli_progress import Interrupted, Output, losses_text
-from kaf_model.cli_settings import choose_settings, settings_yaml, validation_text
+from kaf_model.cli_settings import choose_settings, settings_yaml
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
+from kaf_model.settings_layers import validation_text
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -107,6 +109,9 @@ def _is_non_finite_loss(error: Exception) -> bool:
 
 def _say_how_to_resume(stop: Interrupted, arguments: Sequence[str]) -> None:
     output = Output()
+    if stop.advice:
+        output.line(stop.advice)
+        return
     if stop.path is None or not stop.trained:
         output.line("interrupted; run the same line again to start over")
         return
@@ -155,6 +160,9 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+app.add_typer(benchmark_app, name="benchmark")
 
 
 # --- the main job ------------------------------------------------------------------------------------------
