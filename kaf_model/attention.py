@@ -371,3 +371,13 @@ class AttentionBlock(nn.Module):
         message = self.merge(attend(query, key, value, keypoints, source_keypoints, heads=self.heads))
         update: Tensor = self.mlp(torch.cat([embeddings.to(message.dtype), message], dim=-1))
         return embeddings + update
+
+    def weights(self, embeddings: Tensor) -> Tensor:
+        """The softmax weights with which the keypoints of one slice attend to each other in `forward`.
+
+        Shape: (N, E) -> (heads, N, N); a row holds what one keypoint attends to, and sums to 1.
+        """
+        query, key, _ = self.query_key_value(embeddings).chunk(3, dim=-1)
+        queries, keys = (_split_heads(rows[None], self.heads)[0] for rows in (query, key))
+        scores: Tensor = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
+        return scores.softmax(-1)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 
+from kaf_model.anatomy import keep_largest_components
 from kaf_model.checkpoint import Model
 from kaf_model.config import SegmentConfig
 from kaf_model.datasets import pad_keypoints
@@ -98,7 +98,7 @@ def segment(
         model: A trained model.
         volume: The volume.
         config: What to return and how.
-        slices: Segment only these; the others stay background.
+        slices: Segment only these, without cleaning; the others stay background.
         cache: Keypoints found before.
 
     Yields:
@@ -129,8 +129,9 @@ def segment(
             uncertainty[rows] = entropy.clamp(0, 1).half().cpu().numpy()
         done += len(rows)
         yield Progress("segmenting", done, len(wanted))
-    if config.largest_component:
-        keep_largest_components(labels)
+    if slices is None and config.largest_component != "none":
+        learned = [label.value for label in model.classes if label.one_piece]
+        keep_largest_components(labels, learned if config.largest_component == "learned" else None)
     release_memory()
     return Segmentation(labels, probabilities, uncertainty)
 
@@ -140,7 +141,7 @@ def _predictions(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Probabilities (n, K, Y, X) on the source grid, batch after batch."""
     detector = make_detector(model.keypoints)
-    reads_keypoints = model.config.architecture == "kaf-unet"
+    reads_keypoints = model.config.reads_keypoints
     network = InferenceNetwork(model.network)
     batch_size, start = config.batch_size, 0
     while start < len(wanted):
@@ -178,19 +179,6 @@ def segment_volume(model: Model, volume: Volume, config: SegmentConfig | None = 
         except StopIteration as done:
             result: Segmentation = done.value
             return result.labels
-
-
-def keep_largest_components(labels: NDArray[np.integer]) -> None:
-    """Keep, in place, only the largest connected component (26 neighbours) of each class in (Z, Y, X)."""
-    structure = np.ones((3, 3, 3))
-    for value in np.unique(labels):
-        if value == 0:
-            continue
-        components, count = ndimage.label(labels == value, structure)
-        if count > 1:
-            sizes = np.bincount(components.ravel())
-            sizes[0] = 0
-            labels[(components > 0) & (components != sizes.argmax())] = 0
 
 
 class _MapStore:
