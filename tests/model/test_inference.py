@@ -1,5 +1,7 @@
 """The folded network against the one it was made from."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from kaf_model.unet import build_network
 
 SIZE = (48, 64)
 COUNTS = [7, 0, 1, 20]
-ARCHITECTURES = ["kaf-unet", "unet", "unet-c2"]
+ARCHITECTURES = get_args(ModelConfig.model_fields["architecture"].annotation)
 
 
 @pytest.fixture
