@@ -22,11 +22,11 @@ from kaf_model.benchmark.costs import costs_of
 from kaf_model.benchmark.plan import Plan
 from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult, write_atomically
 from kaf_model.benchmark.runs import Pretraining, Run, all_runs, read_cohort
-from kaf_model.benchmark.scoring import pooled_dice, score_cases
+from kaf_model.benchmark.scoring import score_cases
 from kaf_model.benchmark.selection import best_step, keeping_best, read_measurements, steps_between
 from kaf_model.benchmark.splits import slices_to_label
 from kaf_model.benchmark.starts import STARTS
-from kaf_model.benchmark.statistics import volume_dice
+from kaf_model.benchmark.statistics import trial_dice
 from kaf_model.checkpoint import Model, load_header, load_model, now
 from kaf_model.engine import NonFiniteLoss, make_fabric
 from kaf_model.errors import UserError
@@ -156,7 +156,7 @@ class _Workplace:
         result = self._result(run, folder, model, labelled, start)
         folder.write_result(result)
         kind = "pooled Dice" if self._plan.protocol.kind == "paper" else "Dice"
-        dice = pooled_dice(scores) if self._plan.protocol.kind == "paper" else volume_dice(scores)
+        dice = trial_dice(scores, self._plan.protocol.kind)
         return f"{run}: {kind} {dice:.3f} after {result.steps} steps in {result.seconds:.0f} s"
 
     def _pretrained(self, pretraining: Pretraining) -> Generator[Progress, None, Path]:
