@@ -62,7 +62,7 @@ def measure_costs(
 
     Args:
         config: The KAF-UNet, but for its number of attention blocks.
-        edges: Heights and widths in pixels, divisible by 32.
+        edges: Heights and widths in pixels, from 64 on, divisible by 32.
         blocks: Numbers of attention blocks in the whole network.
         num_keypoints: Keypoints of the slice.
         training: Measure a forward and a backward pass instead of a forward pass.
@@ -167,9 +167,11 @@ def _inputs(name: str, edge: int, num_keypoints: int, device: torch.device) -> l
 def _check(config: ModelConfig, edges: Sequence[int], blocks: Sequence[int]) -> None:
     if config.architecture != "kaf-unet":
         raise UserError(f"costs are those of a kaf-unet, got {config.architecture}; drop --network")
-    wrong = [edge for edge in edges if edge < _SWIN_DIVISOR or edge % _SWIN_DIVISOR]
+    wrong = [edge for edge in edges if edge < 2 * _SWIN_DIVISOR or edge % _SWIN_DIVISOR]
     if wrong:
-        raise UserError(f"the SwinUNETR wants edges that divide by {_SWIN_DIVISOR}, got {wrong[0]}")
+        raise UserError(
+            f"the SwinUNETR wants edges from {2 * _SWIN_DIVISOR} that divide by {_SWIN_DIVISOR}, got {wrong[0]}"
+        )
     levels = len(config.kaf_levels)
     uneven = [count for count in blocks if count < 1 or count % levels or count % _SWIN_STAGES]
     if uneven:
