@@ -282,16 +282,6 @@ class PretrainConfig(TrainingConfig):
     weight_local: float = Field(
         0.01, ge=0, description="w3: weight of L_local, the keypoint matching (Eq. 3)."
     )
-    weight_masked: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the masked-image loss: hidden patches of each view are filled in by a decoder, which "
-        "finetuning then starts from as well. Not in the paper.",
-    )
-    masked_share: float = Field(
-        0.4, gt=0, lt=1, description="Part of the patches of a view that the masked-image loss hides."
-    )
-    masked_patch: int = Field(16, gt=0, description="Side of these patches in pixels.")
     temperature: float = Field(0.1, gt=0, description="Temperature of the contrastive losses (Eq. 1).")
     contrastive_scale: float = Field(
         1.0, gt=0, description="Factor on both contrastive losses; published: temperature / 0.07."
