@@ -47,10 +47,12 @@ def dense_convolution(
 
 
 def padded_transport(
-    scores: Tensor, bin_score: Tensor, valid0: Tensor, valid1: Tensor, *, iterations: int
+    scores: Tensor, bin_score: Tensor, valid0: Tensor, valid1: Tensor, *, iterations: int, tolerance: float
 ) -> Tensor:
     """`log_optimal_transport` for all pairs at once under masks."""
-    return matching._transport_padded(scores.float(), bin_score.float(), valid0, valid1, iterations)
+    return matching._transport_padded(
+        scores.float(), bin_score.float(), valid0, valid1, iterations, tolerance
+    )
 
 
 class StoredSinkhorn:
