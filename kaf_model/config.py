@@ -302,7 +302,14 @@ class PretrainConfig(TrainingConfig):
         "steps to tell slices apart.",
     )
     matching_rounds: int = Field(2, ge=0, description="Rounds of self- and cross-attention before matching.")
-    sinkhorn_iterations: int = Field(100, gt=0, description="Iterations of the optimal transport.")
+    sinkhorn_iterations: int = Field(
+        100, ge=0, description="Iterations of the optimal transport; 0 takes a dual softmax instead."
+    )
+    sinkhorn_tolerance: float = Field(
+        0.0,
+        ge=0,
+        description="Change of the transport's potentials below which it stops early; 0 never does.",
+    )
     matched_weight: float = Field(
         0.45, ge=0, description="Weight of the mean over matched keypoints in L_local."
     )

@@ -61,6 +61,7 @@ class PretrainingNetwork(nn.Module):
                 heads=model.heads,
                 rounds=config.matching_rounds,
                 iterations=config.sinkhorn_iterations,
+                tolerance=config.sinkhorn_tolerance,
                 position_reference=model.position_reference,
             )
 
