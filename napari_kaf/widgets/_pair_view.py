@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from qtpy.QtCore import QPointF, QRectF, QSize
 from qtpy.QtGui import QColor, QImage, QPainter, QPen
 from qtpy.QtWidgets import QSizePolicy, QWidget
 
-from napari_kaf._pretrain_task import PairPicture
+from napari_kaf._pair_picture import PairPicture
+from napari_kaf.widgets._pictures import colors_of, grey_image
 
+LINES = "viridis"
 _MOST_LINES = 60  # more would hide the slices
-_CLIP = 2.5  # standard deviations shown from black to white
 
 
 class PairView(QWidget):
-    """Draws what pretraining learns from, on one pair."""
+    """Draws the keypoints of one pair of slices and what goes together.
 
-    def __init__(self) -> None:
+    Args:
+        most_lines: Of more pairs only some are drawn, evenly chosen.
+    """
+
+    def __init__(self, most_lines: int = _MOST_LINES) -> None:
         super().__init__()
+        self._most_lines = most_lines
         self._picture: PairPicture | None = None
         self._images: list[QImage] = []
         self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
@@ -34,12 +39,7 @@ class PairView(QWidget):
     def show_pair(self, picture: PairPicture) -> None:
         """Show a pair."""
         self._picture = picture
-        self._images = []
-        for image in picture.images:
-            grey = np.clip((image + _CLIP) / (2 * _CLIP) * 255, 0, 255).astype(np.uint8)
-            height, width = grey.shape
-            data = np.ascontiguousarray(grey).tobytes()
-            self._images.append(QImage(data, width, height, width, QImage.Format.Format_Grayscale8).copy())
+        self._images = [grey_image(image) for image in picture.images]
         self.setToolTip(picture.title)
         self.setVisible(True)
         self.update()
@@ -65,8 +65,11 @@ class PairView(QWidget):
         for side in places:
             for point in side:
                 painter.drawPoint(point)
-        pairs = self._picture.pairs
-        step = max(1, len(pairs) // _MOST_LINES)
         painter.setPen(QPen(QColor(86, 180, 233, 170), 1))
-        for first, second in pairs[::step]:
+        pairs, values = self._picture.pairs, self._picture.values
+        colors = None if values is None else (255 * colors_of(values, (0, 1), LINES)).astype(int)
+        for row in range(0, len(pairs), max(1, -(-len(pairs) // self._most_lines))):
+            if colors is not None:
+                painter.setPen(QPen(QColor(*colors[row].tolist()), 1))
+            first, second = pairs[row]
             painter.drawLine(places[0][first], places[1][second])
