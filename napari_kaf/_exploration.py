@@ -10,7 +10,7 @@ import numpy as np
 from psygnal import Signal
 
 from napari_kaf import _explore_layers
-from napari_kaf._desk import Desk
+from napari_kaf._desk import CANCELLED, Desk
 from napari_kaf._explore_lab import Lab, Network, open_task
 from napari_kaf._layers import OpenVolume
 from napari_kaf._picking import Picking
@@ -57,6 +57,11 @@ class Exploration:
     def opened(self) -> OpenVolume | None:
         """The volume."""
         return self.session.opened
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is a volume, but its network was not loaded and is not being loaded."""
+        return self.lab is not None and self.network is None and not self.desk.pending(_OPENING)
 
     def open(self, model: Path | None) -> None:
         """Look at the session's volume through a model, or through random weights; what was shown goes."""
@@ -162,5 +167,6 @@ class Exploration:
         self.network_changed.emit()
 
     def _refused(self, reason: str) -> None:
-        self.problem = f"The model was not loaded: {reason}"
+        why = "it was cancelled; choose it again to load it" if reason == CANCELLED else reason
+        self.problem = f"The model was not loaded: {why}"
         self.network_changed.emit()

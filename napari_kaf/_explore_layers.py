@@ -81,6 +81,7 @@ def show_points(
     sizes: Floats,
     colors: Floats,
     symbol: str,
+    outline: float = 0.0,
     features: dict[str, Any] | None = None,
 ) -> None:
     """Show points of a volume.
@@ -93,6 +94,7 @@ def show_points(
         sizes: (N,) diameters in voxels.
         colors: (N, 4) RGBA.
         symbol: A symbol of napari's points.
+        outline: Width of the outline in voxels; 0 fills the symbols instead.
         features: Columns of the layer's table, each (N,).
     """
     points = voxels[:, 3 - opened.layer.ndim :]
@@ -103,6 +105,7 @@ def show_points(
                 points,
                 ndim=opened.layer.ndim,
                 border_width=0,
+                border_width_is_relative=False,
                 **_place(opened, part),
             )
     else:
@@ -112,7 +115,9 @@ def show_points(
     if len(points):
         layer.symbol = symbol
         layer.size = sizes
-        layer.face_color = colors
+        layer.border_width = outline
+        layer.border_color = colors
+        layer.face_color = "transparent" if outline else colors
     layer.refresh()
 
 
@@ -162,6 +167,7 @@ def show_tracks(
     values: Floats,
     *,
     measure: str,
+    colors: Floats,
     step: int,
 ) -> None:
     """Show tracks through the stack, coloured by a measure; of no tracks no layer is left.
@@ -173,11 +179,14 @@ def show_tracks(
         vertices: Track, z, y, x in voxels, (V, 4).
         values: Of each vertex, (V,).
         measure: What the values are.
+        colors: From low to high values, (n, 4) RGBA.
         step: Slices from one vertex to the next: as far as a track is seen from the shown slice.
     """
     remove(viewer, [part])
     if not len(vertices):
         return
+    from napari.utils import Colormap
+
     with _selection_kept(viewer):
         layer = viewer.add_tracks(
             vertices,
@@ -186,6 +195,7 @@ def show_tracks(
             tail_length=step,
             head_length=step,
             blending="translucent",
+            colormaps_dict={measure: Colormap(colors, name=f"{part}: {measure}")},
             **_place(opened, part),
         )
         layer.color_by = measure
@@ -308,9 +318,12 @@ def _place(opened: OpenVolume, part: Part) -> dict[str, Any]:
 
 @contextmanager
 def _selection_kept(viewer: ViewerModel) -> Iterator[None]:
-    """Add layers without taking the selection."""
+    """Add layers without taking the selection; the places stay on top."""
     selected = viewer.layers.selection.active
     yield
+    places = find(viewer, "places")
+    if places is not None and viewer.layers[-1] is not places:
+        viewer.layers.move(viewer.layers.index(places), len(viewer.layers))
     if selected is not None and selected in viewer.layers:
         viewer.layers.selection.active = selected
     else:

@@ -11,7 +11,7 @@ from napari_kaf import _explore_layers
 from napari_kaf._exploration import Exploration
 from napari_kaf._explore_lab import Network
 from napari_kaf._explore_task import AttentionRow, attention_task
-from napari_kaf.widgets._explore_view import PICK_FIRST, View
+from napari_kaf.widgets._explore_view import PICK_FIRST, View, tell
 from napari_kaf.widgets._panel import Life
 from napari_kaf.widgets._pictures import HEAT, colors_of
 
@@ -102,11 +102,12 @@ class AttentionView(View):
         self._draw()
         order = np.argsort(-row.weights)
         half = int(np.searchsorted(np.cumsum(row.weights[order]), 0.5)) + 1
-        self.status.setText(
+        tell(
+            self.status,
             f"Keypoint {row.chosen + 1} of {len(row.weights)} on slice {row.z}, {row.distance:.1f} mm from the "
             f"place. Half of its attention goes to {half} keypoints; the most to one is "
             f"{row.weights.max():.1%}, to itself {row.weights[row.chosen]:.1%}; even attention would be "
-            f"{1 / len(row.weights):.1%}."
+            f"{1 / len(row.weights):.1%}.",
         )
 
     def _draw(self, *_: Any) -> None:
@@ -143,7 +144,7 @@ class AttentionView(View):
                 start,
                 row.voxels[to] - start,
                 colors=colors_of(row.weights[to], limits, HEAT),
-                width=size / 8,
+                width=size / 5,
                 style="arrow",
             )
         else:

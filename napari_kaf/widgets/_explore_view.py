@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qtpy.QtWidgets import QCheckBox, QVBoxLayout, QWidget
+from qtpy.QtWidgets import QCheckBox, QLabel, QVBoxLayout, QWidget
 
 from napari_kaf import _explore_layers
 from napari_kaf._desk import CANCELLED
@@ -13,6 +13,12 @@ from napari_kaf._explore_lab import Network
 from napari_kaf.widgets._panel import Life, words
 
 PICK_FIRST = "Press Pick a place, then click on the canvas."
+
+
+def tell(label: QLabel, text: str) -> None:
+    """Set the words of a line; an empty one takes no room."""
+    label.setText(text)
+    label.setVisible(bool(text))
 
 
 class View(QWidget):
@@ -71,7 +77,7 @@ class View(QWidget):
         network = self.exploration.network
         if network is None:
             self.exploration.desk.drop(self.key)
-            self.status.setText(self.exploration.problem)
+            tell(self.status, self.exploration.problem)
             self.clear()
             return
         reason = self.reason(network)
@@ -79,7 +85,7 @@ class View(QWidget):
             self.exploration.desk.drop(self.key)
             self.drop_layers()
             self.clear()
-            self.status.setText(reason)
+            tell(self.status, reason)
         else:
             self.ask()
 
@@ -107,9 +113,9 @@ class View(QWidget):
         self.clear()
         if reason == CANCELLED:
             self._due = True
-            self.status.setText("Cancelled. Change something, or come back to this tab, to ask again.")
+            tell(self.status, "Cancelled. Change something, or come back to this tab, to ask again.")
         else:
-            self.status.setText(f"It did not work: {reason}")
+            tell(self.status, f"It did not work: {reason}")
 
     def _show_toggled(self, wanted: bool) -> None:
         if wanted:
@@ -127,4 +133,4 @@ class View(QWidget):
     def _layer_deleted(self, part: str) -> None:
         if part in self.parts and self.on_canvas:
             self.show_box.setChecked(False)
-            self.status.setText("You deleted the layer; tick Show on the canvas to bring it back.")
+            tell(self.status, "You deleted the layer; tick Show on the canvas to bring it back.")

@@ -12,13 +12,14 @@ from napari_kaf._exploration import Exploration
 from napari_kaf._explore_lab import Network
 from napari_kaf._explore_task import KeypointTable, keypoints_task
 from napari_kaf._form import number_box, spin_box, tip
-from napari_kaf.widgets._explore_view import View
+from napari_kaf.widgets._explore_view import View, tell
 from napari_kaf.widgets._panel import Life
 from napari_kaf.widgets._pictures import colors_of
 
 _THIS, _WHOLE = range(2)
 _DETECTORS = {"SIFT": "sift", "SuperPoint": "superpoint"}
 _COLORMAP = "viridis"
+_OUTLINE = 0.7  # mm
 
 
 class KeypointsView(View):
@@ -128,7 +129,7 @@ class KeypointsView(View):
             told += ". Lower the contrast threshold to find more."
         elif max(counts) >= self.cap.value():
             told += ". The cap was reached: only the strongest are shown."
-        self.status.setText(told)
+        tell(self.status, told)
 
     def _draw(self, *_: object) -> None:
         table, session = self._table, self.exploration.session
@@ -142,7 +143,8 @@ class KeypointsView(View):
             table.voxels,
             sizes=table.sizes,
             colors=colors,
-            symbol="ring",
+            symbol="disc",
+            outline=_OUTLINE / float(np.sqrt(np.prod(session.opened.volume.spacing[1:]))),
             features={
                 "slice": table.voxels[:, 0].astype(int),
                 "response": table.responses,
@@ -159,7 +161,7 @@ class KeypointsView(View):
                 table.voxels,
                 table.directions,
                 colors=colors,
-                width=0.4,
+                width=_OUTLINE / float(np.sqrt(np.prod(session.opened.volume.spacing[1:]))),
                 style="line",
             )
         else:

@@ -12,7 +12,7 @@ from napari_kaf import _explore_layers
 from napari_kaf._exploration import Exploration
 from napari_kaf._explore_lab import Network
 from napari_kaf._similarity_task import Thumbnail, look_alikes_task
-from napari_kaf.widgets._explore_view import PICK_FIRST, View
+from napari_kaf.widgets._explore_view import PICK_FIRST, View, tell
 from napari_kaf.widgets._panel import Life
 from napari_kaf.widgets._pictures import grey_image
 from napari_kaf.widgets._similarity_view import LEVELS
@@ -93,12 +93,13 @@ class LookAlikesView(View):
             self.buttons.append(button)
         others = found[1:]
         if not others:
-            self.status.setText("Nothing similar was found.")
+            tell(self.status, "Nothing similar was found.")
             return
         slices = len({round(one.place[0]) for one in others})
-        self.status.setText(
+        tell(
+            self.status,
             f"{len(others)} places on {slices} slices, similarity {others[0].similarity:.3f} to "
-            f"{others[-1].similarity:.3f}. Click one to go there."
+            f"{others[-1].similarity:.3f}. Click one to go there.",
         )
 
     def _go(self, thumbnail: Thumbnail, *_: object) -> None:

@@ -17,14 +17,15 @@ from napari_kaf._explore_lab import Network
 from napari_kaf._explore_task import PairMatches, TrackTable, matches_task, tracks_task
 from napari_kaf._form import tip
 from napari_kaf._pair_picture import PairPicture
-from napari_kaf.widgets._explore_view import View
-from napari_kaf.widgets._pair_view import PairView
+from napari_kaf.widgets._explore_view import View, tell
+from napari_kaf.widgets._pair_view import LINES, PairView
 from napari_kaf.widgets._panel import Life, words
+from napari_kaf.widgets._pictures import spectrum
 
 _MOST_LINES = 400
 _BESIDE = 620  # pixels from which on both pictures lie beside each other
 _TRACKS = "tracks"
-_NO_MATCHER = "This model has no matcher: {}. A pretrained checkpoint has one."
+_NO_MATCHER = "No learned matches: this model has no trained matcher. A checkpoint from Pretrain has one."
 
 
 class MatchesView(View):
@@ -49,8 +50,8 @@ class MatchesView(View):
         self.column.addLayout(self.pictures)
         self.tracks = QCheckBox("Tracks through the stack")
         self.tracks.setToolTip(
-            "Follow matches from slice to slice; best seen in napari's 3-D view. Coloured by descriptor distance "
-            "or probability"
+            "Follow matches from slice to slice; best seen in napari's 3-D view. Yellow is a small descriptor "
+            "distance, or a high probability"
         )
         self.column.addWidget(self.tracks)
         self.tracks_words = words()
@@ -115,12 +116,12 @@ class MatchesView(View):
         for view in (self.heuristic, self.learned):
             view.setVisible(False)
         for told in (self.heuristic_words, self.learned_words):
-            told.setText("")
+            tell(told, "")
 
     def drop_layers(self) -> None:
         """Forget the tracks."""
         self._followed = None
-        self.tracks_words.setText("")
+        tell(self.tracks_words, "")
         self.exploration.desk.drop(_TRACKS)
         super().drop_layers()
 
@@ -135,7 +136,6 @@ class MatchesView(View):
         form = QFormLayout()
         self.distance = QSpinBox()
         self.distance.setRange(1, 1)
-        self.distance.setSuffix(" slices")
         self.distance.setToolTip("How far the neighbour is; at the end of the stack the one before is taken")
         self.radius = _slider(1, 200, CorrespondenceConfig.model_fields["radius"].default, 0)
         self.radius.setToolTip(tip(CorrespondenceConfig, "radius"))
@@ -143,7 +143,7 @@ class MatchesView(View):
         self.ratio.setToolTip(f"{tip(CorrespondenceConfig, 'ratio')} Here 1 is none.")
         self.probability = _slider(0, 1, 0.2, 2)
         self.probability.setToolTip("Learned matches that are less probable are left out")
-        form.addRow("Neighbour at", self.distance)
+        form.addRow("Distance, slices", self.distance)
         form.addRow("Radius, pixels", self.radius)
         form.addRow("Ratio", self.ratio)
         form.addRow("Probability", self.probability)
@@ -151,7 +151,7 @@ class MatchesView(View):
 
     def _matched(self, pair: PairMatches) -> None:
         self._pair = pair
-        self.status.setText("")
+        tell(self.status, "")
         self._draw()
 
     def _draw(self) -> None:
@@ -164,19 +164,18 @@ class MatchesView(View):
         told = self._counts(pair, pair.pairs)
         if len(pair.pairs):
             told += f". Descriptor distance {nearest:.3g} (yellow) to {farthest:.3g} (violet)"
-        self.heuristic_words.setText(told)
-        network = self.exploration.network
-        assert network is not None
+        tell(self.heuristic_words, told)
         if pair.learned is None:
             self.learned.setVisible(False)
-            self.learned_words.setText(_NO_MATCHER.format(network.note.rstrip(".")))
+            tell(self.learned_words, _NO_MATCHER)
             return
         sure = pair.probabilities >= self.probability.value()
         self.learned.show_pair(_picture(pair, pair.learned[sure], pair.probabilities[sure]))
         both = len(set(map(tuple, pair.pairs.tolist())) & set(map(tuple, pair.learned[sure].tolist())))
-        self.learned_words.setText(
+        tell(
+            self.learned_words,
             f"{self._counts(pair, pair.learned[sure])}; {both} of them as the heuristic. "
-            "Probability 0 (violet) to 1 (yellow)"
+            "Probability 0 (violet) to 1 (yellow)",
         )
 
     def _counts(self, pair: PairMatches, pairs: NDArray[np.int64]) -> str:
@@ -193,7 +192,7 @@ class MatchesView(View):
         if not self.seen or network is None or self.reason(network) or wanted == self._followed:
             return
         self._followed = wanted
-        self.tracks_words.setText("Following keypoints…")
+        tell(self.tracks_words, "Following keypoints…")
         self.exploration.ask(
             _TRACKS,
             "following keypoints",
@@ -206,11 +205,11 @@ class MatchesView(View):
     def _tracked(self, found: tuple[TrackTable, TrackTable | None]) -> None:
         session = self.exploration.session
         told = []
-        names: tuple[tuple[_explore_layers.Part, str], ...] = (
-            ("tracks", "descriptor distance"),
-            ("learned tracks", "probability"),
+        names: tuple[tuple[_explore_layers.Part, str, bool], ...] = (
+            ("tracks", "descriptor distance", True),
+            ("learned tracks", "probability", False),
         )
-        for (part, measure), table in zip(names, found, strict=True):
+        for (part, measure, low_is_good), table in zip(names, found, strict=True):
             if table is None:
                 continue
             told.append(f"{table.num_tracks} {part}")
@@ -223,10 +222,11 @@ class MatchesView(View):
                     table.vertices,
                     table.values,
                     measure=measure,
+                    colors=spectrum(LINES, backwards=low_is_good),
                     step=self.distance.value(),
                 )
         _explore_layers.set_visible(session.viewer, self.parts, self.seen)
-        self.tracks_words.setText(", ".join(told))
+        tell(self.tracks_words, ", ".join(told))
 
     def _probability_changed(self, *_: Any) -> None:
         self._draw()

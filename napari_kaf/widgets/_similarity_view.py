@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from napari_kaf._similarity_task import (
     error_task,
     similarity_task,
 )
-from napari_kaf.widgets._explore_view import PICK_FIRST, View
+from napari_kaf.widgets._explore_view import PICK_FIRST, View, tell
 from napari_kaf.widgets._panel import Life, words
 from napari_kaf.widgets._pictures import Picture, PictureGrid, grey_image, heat_image
 
@@ -38,6 +40,7 @@ class SimilarityView(View):
         super().__init__(life, exploration)
         self._answer: SimilarityAnswer | None = None
         self._draw_number = 0
+        self._asked = 0.0
         form = QFormLayout()
         self.level = QComboBox()
         self.level.addItems([f"{level}" for level in LEVELS])
@@ -73,6 +76,7 @@ class SimilarityView(View):
 
     def ask(self) -> None:
         """Compare the place."""
+        self._asked = time.perf_counter()
         self.exploration.ask(
             self.key,
             "comparing places",
@@ -116,9 +120,11 @@ class SimilarityView(View):
         self._answer = answer
         self._draw()
         cells = {level: answer.maps[round(answer.place[0]), level].shape for level in LEVELS}
-        self.status.setText(
-            f"Compared in {1000 * answer.seconds:.0f} ms with {len(answer.slices)} slices at 4 levels "
-            f"({' x '.join(map(str, cells[1]))} to {' x '.join(map(str, cells[4]))} cells)."
+        tell(
+            self.status,
+            f"Shown {1000 * (time.perf_counter() - self._asked):.0f} ms after you asked: features "
+            f"{1000 * answer.waited:.0f} ms, once for each slice; comparing {1000 * answer.seconds:.0f} ms, with "
+            f"{len(answer.slices)} slices of {_size(cells[1])} to {_size(cells[4])} cells.",
         )
 
     def _limits(self, level: int) -> tuple[float, float]:
@@ -183,8 +189,8 @@ class SimilarityView(View):
         if not self.augment.isChecked() or place is None:
             return
         level = int(self.level.currentText())
-        self.error_words.setText("Augmenting…")
-        self.whole_words.setText("")
+        tell(self.error_words, "Augmenting…")
+        tell(self.whole_words, "")
         self.exploration.ask(
             _EQUIVARIANCE,
             "augmenting",
@@ -210,29 +216,31 @@ class SimilarityView(View):
         for key in (_EQUIVARIANCE, _ERROR):
             self.exploration.desk.drop(key)
         self.augmented.show_pictures((), 1)
-        self.error_words.setText("")
-        self.whole_words.setText("")
+        tell(self.error_words, "")
+        tell(self.whole_words, "")
 
     def _augmented(self, views: list[AugmentedView | None]) -> None:
         there = [view for view in views if view is not None]
         if not there:
             self.augmented.show_pictures((), 1)
-            self.error_words.setText("Both augmentations moved the place off the slice; draw again.")
+            tell(self.error_words, "Both augmentations moved the place off the slice; draw again.")
             return
         height, width = there[0].image.shape
         rows = [_pictures(view) for view in there]
         self.augmented.show_pictures(rows, height / width)
         gone = "" if len(there) == len(views) else " The other augmentation moved the place off the slice."
         errors = " and ".join(f"{view.error:.3f}" for view in there)
-        self.error_words.setText(
-            f"Equivariance error of this place: {errors}, the mean difference of both maps; 0 is perfect.{gone}"
+        tell(
+            self.error_words,
+            f"Equivariance error of this place: {errors}, the mean difference of both maps; 0 is perfect.{gone}",
         )
 
     def _measured(self, error: EquivarianceError) -> None:
-        self.whole_words.setText(
+        tell(
+            self.whole_words,
             f"Of the whole slice at level {error.level}: <b>{error.error:.3f}</b> over {error.num_points} random "
             f"places; the map of another place differs by {error.chance:.3f}, so this is "
-            f"{error.relative:.0%} of chance."
+            f"{error.relative:.0%} of chance.",
         )
 
     def set_seen(self, seen: bool) -> None:
@@ -243,6 +251,10 @@ class SimilarityView(View):
             desk.drop(_EQUIVARIANCE)
             desk.drop(_ERROR)
         super().set_seen(seen)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _joint(maps: list[Any]) -> Any:

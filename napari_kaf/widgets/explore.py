@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtpy.QtWidgets import QHBoxLayout, QProgressBar, QPushButton, QTabWidget, QWidget
+from qtpy.QtWidgets import QHBoxLayout, QProgressBar, QPushButton, QTabBar, QWidget
 
 from napari_kaf._exploration import Exploration
 from napari_kaf.widgets._attention_view import AttentionView
@@ -52,7 +52,11 @@ class ExploreWidget(Panel):
         self.attention = AttentionView(self.life, self.exploration)
         self.similarity = SimilarityView(self.life, self.exploration)
         self.look_alikes = LookAlikesView(self.life, self.exploration)
-        self.tabs = QTabWidget()
+        self.tabs = QTabBar()
+        self.tabs.setExpanding(False)
+        self.tabs.setAccessibleName("Views")
+        self.column.addWidget(self._make_busy_row())
+        self.column.addWidget(self.tabs)
         for view, name, tip in (
             (self.keypoints, "Keypoints", "Where the detector finds something to hold on to"),
             (self.matches, "Matches", "Which keypoints of two slices are the same anatomy"),
@@ -60,9 +64,8 @@ class ExploreWidget(Panel):
             (self.similarity, "Similarity", "Which places look to the network like the one you pick"),
             (self.look_alikes, "Look-alikes", "The most similar places in other slices"),
         ):
-            self.tabs.setTabToolTip(self.tabs.addTab(view, name), tip)
-        self.column.addWidget(self.tabs)
-        self.column.addWidget(self._make_busy_row())
+            self.tabs.setTabToolTip(self.tabs.addTab(name), tip)
+            self.column.addWidget(view)
         self.remove = QPushButton("Remove layers")
         self.remove.setToolTip("Remove everything that Explore put on the canvas; your own layers stay")
         self.column.addWidget(self.remove)
@@ -123,7 +126,7 @@ class ExploreWidget(Panel):
         path = self.model.choice.path if self.model.choice is not None else None
         written = path.stat().st_mtime_ns if path is not None and path.is_file() else 0
         wanted = (self.session.opened, path, written)
-        if wanted != self._looked_at:
+        if wanted != self._looked_at or self.exploration.failed:
             self._looked_at = wanted
             self.exploration.open(path)
 
@@ -138,12 +141,13 @@ class ExploreWidget(Panel):
         self.note.setText(f"{text} {read}")
 
     def _tab_changed(self, *_: Any) -> None:
-        shown = self.tabs.currentWidget()
+        shown = self.views[self.tabs.currentIndex()]
         for view in self.views:
             if view is not shown:
+                view.setVisible(False)
                 view.set_seen(False)
-        if isinstance(shown, View):
-            shown.set_seen(True)
+        shown.setVisible(True)
+        shown.set_seen(True)
 
     def _show_busy(self) -> None:
         desk = self.exploration.desk
