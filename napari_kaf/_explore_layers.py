@@ -164,10 +164,10 @@ def show_tracks(
     opened: OpenVolume,
     part: Part,
     vertices: Floats,
-    values: Floats,
+    features: dict[str, Floats],
     *,
-    measure: str,
-    colors: Floats,
+    color_by: str,
+    colormap: str,
     step: int,
 ) -> None:
     """Show tracks through the stack, coloured by a measure; of no tracks no layer is left.
@@ -177,28 +177,26 @@ def show_tracks(
         opened: The volume.
         part: Which layer.
         vertices: Track, z, y, x in voxels, (V, 4).
-        values: Of each vertex, (V,).
-        measure: What the values are.
-        colors: From low to high values, (n, 4) RGBA.
+        features: Columns of the layer's table, each (V,).
+        color_by: The column that gives the colours.
+        colormap: Name of a colormap of napari's.
         step: Slices from one vertex to the next: as far as a track is seen from the shown slice.
     """
     remove(viewer, [part])
     if not len(vertices):
         return
-    from napari.utils import Colormap
-
     with _selection_kept(viewer):
         layer = viewer.add_tracks(
             vertices,
-            features={measure: values},
+            features=features,
+            colormap=colormap,
             tail_width=3,
             tail_length=step,
             head_length=step,
             blending="translucent",
-            colormaps_dict={measure: Colormap(colors, name=f"{part}: {measure}")},
             **_place(opened, part),
         )
-        layer.color_by = measure
+        layer.color_by = color_by
 
 
 def show_heat(

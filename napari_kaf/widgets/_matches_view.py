@@ -20,7 +20,6 @@ from napari_kaf._pair_picture import PairPicture
 from napari_kaf.widgets._explore_view import View, tell
 from napari_kaf.widgets._pair_view import LINES, PairView
 from napari_kaf.widgets._panel import Life, words
-from napari_kaf.widgets._pictures import spectrum
 
 _MOST_LINES = 400
 _BESIDE = 620  # pixels from which on both pictures lie beside each other
@@ -174,8 +173,8 @@ class MatchesView(View):
         both = len(set(map(tuple, pair.pairs.tolist())) & set(map(tuple, pair.learned[sure].tolist())))
         tell(
             self.learned_words,
-            f"{self._counts(pair, pair.learned[sure])}; {both} of them as the heuristic. "
-            "Probability 0 (violet) to 1 (yellow)",
+            f"{self._counts(pair, pair.learned[sure])}; {both} of them as the heuristic. Probability 0 (violet) "
+            f"to 1 (yellow), the surest {pair.probabilities.max(initial=0):.2f}",
         )
 
     def _counts(self, pair: PairMatches, pairs: NDArray[np.int64]) -> str:
@@ -205,14 +204,17 @@ class MatchesView(View):
     def _tracked(self, found: tuple[TrackTable, TrackTable | None]) -> None:
         session = self.exploration.session
         told = []
-        names: tuple[tuple[_explore_layers.Part, str, bool], ...] = (
-            ("tracks", "descriptor distance", True),
-            ("learned tracks", "probability", False),
-        )
-        for (part, measure, low_is_good), table in zip(names, found, strict=True):
+        parts: tuple[_explore_layers.Part, ...] = ("tracks", "learned tracks")
+        for part, table in zip(parts, found, strict=True):
             if table is None:
                 continue
             told.append(f"{table.num_tracks} {part}")
+            features = {"probability": table.values}
+            if part == "tracks":
+                features = {
+                    "closeness": 1 - _scaled(table.values),
+                    "descriptor distance": table.values,
+                }
             if session.opened is not None:
                 self.exploration.remove_layers((part,))
                 _explore_layers.show_tracks(
@@ -220,9 +222,9 @@ class MatchesView(View):
                     session.opened,
                     part,
                     table.vertices,
-                    table.values,
-                    measure=measure,
-                    colors=spectrum(LINES, backwards=low_is_good),
+                    features,
+                    color_by=next(iter(features)),
+                    colormap=LINES,
                     step=self.distance.value(),
                 )
         _explore_layers.set_visible(session.viewer, self.parts, self.seen)

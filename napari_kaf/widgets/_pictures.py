@@ -42,17 +42,15 @@ def colors_of(
     values = np.asarray(values, np.float64)
     low, high = limits or (float(values.min(initial=np.inf)), float(values.max(initial=-np.inf)))
     scaled = (values - low) / (high - low) if high > low else np.ones(values.shape)
-    colors: NDArray[np.float32] = spectrum(colormap)[(np.clip(scaled, 0, 1) * 255).astype(int)]
+    colors: NDArray[np.float32] = _table(colormap)[(np.clip(scaled, 0, 1) * 255).astype(int)]
     return colors
 
 
 @cache
-def spectrum(colormap: str, *, backwards: bool = False) -> NDArray[np.float32]:
-    """The RGBA of a colormap of napari's from its low to its high end, or backwards, (256, 4)."""
+def _table(colormap: str) -> NDArray[np.float32]:
     from napari.utils.colormaps import ensure_colormap
 
-    colors = np.asarray(ensure_colormap(colormap).map(np.linspace(0, 1, 256)), np.float32)
-    return colors[::-1] if backwards else colors
+    return np.asarray(ensure_colormap(colormap).map(np.linspace(0, 1, 256)), np.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,6 +54,7 @@ class ExploreWidget(Panel):
         self.look_alikes = LookAlikesView(self.life, self.exploration)
         self.tabs = QTabBar()
         self.tabs.setExpanding(False)
+        self.tabs.setDrawBase(False)
         self.tabs.setAccessibleName("Views")
         self.column.addWidget(self._make_busy_row())
         self.column.addWidget(self.tabs)

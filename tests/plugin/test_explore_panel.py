@@ -258,8 +258,10 @@ def test_tracks_go_through_the_stack(matcher, trained, qtbot):
         view.tracks_words.text()
         == f"{len(np.unique(tracks.data[:, 0]))} tracks, {len(np.unique(learned.data[:, 0]))} learned tracks"
     )
-    assert tracks.color_by == "descriptor distance"
     assert learned.color_by == "probability"
+    closest = tracks.features["descriptor distance"].argmin()
+    assert tracks.color_by == "closeness"
+    assert tracks.features["closeness"][closest] == 1
     for one in np.unique(tracks.data[:, 0]):
         assert set(np.diff(tracks.data[tracks.data[:, 0] == one, 1])) == {1}
     asked = view._followed
