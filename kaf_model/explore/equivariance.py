@@ -30,22 +30,22 @@ _POINTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, eq=False)
-class AugmentedSlice:
-    """A slice moved by a random spatial transform, and what the network makes of it.
+class MovedSlice:
+    """A slice moved by a spatial transform, with its keypoints.
 
     Attributes:
         transform: The map, of one slice.
-        image: The augmented slice, (H', W').
+        image: The moved slice, (H', W').
         inside: Which pixels show the slice and not what lies beyond its edge, (H', W') bool.
-        kept: Indices of the slice's keypoints that are still there; their places are `features.keypoints`.
-        features: Of the augmented slice.
+        kept: Indices of the slice's keypoints that are still there, (n,).
+        points: Where those are now, (n, 2) pixels (y, x).
     """
 
     transform: SpatialTransform
     image: NDArray[np.float32]
     inside: NDArray[np.bool_]
     kept: NDArray[np.int64]
-    features: SliceFeatures
+    points: NDArray[np.float32]
 
     def carry_points(self, points: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Where pixels (y, x) of the slice went, (N, 2), and which of them are still there, (N,)."""
@@ -57,6 +57,17 @@ class AugmentedSlice:
         """Maps of the slice in pixels, (n, H, W) -> (n, H', W'), bilinear."""
         canvas = pad_to_multiple(maps[None].cpu(), 16)
         return self.transform.images(canvas)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class AugmentedSlice(MovedSlice):
+    """A moved slice and what the network makes of it.
+
+    Attributes:
+        features: Of the moved slice, with the keypoints that were carried along.
+    """
+
+    features: SliceFeatures
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +112,33 @@ class EquivarianceError:
         return self.error / self.chance if self.chance > 0 else float("nan")
 
 
+def random_transform(
+    shape: Sequence[int], *, seed: int, z: int = 0, augment: AugmentConfig = AUGMENTATION
+) -> SpatialTransform:
+    """Draw the transform of slice z (H, W) from a seed."""
+    sizes = torch.tensor([list(shape)])
+    return SpatialTransform.sample(
+        augment, sizes, generator=generator_for(seed, z, 7), canvas=whole_canvas(sizes)
+    )
+
+
+def move_slice(
+    image: NDArray[np.float32], keypoints: NDArray[np.float32], transform: SpatialTransform
+) -> MovedSlice:
+    """Move a slice (H, W) and its keypoints (N, 2) by a transform of one slice."""
+    canvas = pad_to_multiple(torch.from_numpy(image)[None, None], 16)
+    positions = torch.from_numpy(keypoints)[None]
+    points, valid = transform.points(positions, torch.ones(positions.shape[:2], dtype=torch.bool))
+    kept = valid[0].nonzero()[:, 0].numpy()
+    return MovedSlice(
+        transform,
+        transform.images(canvas)[0, 0].numpy(),
+        transform.inside[0].numpy(),
+        kept,
+        points[0].numpy()[kept],
+    )
+
+
 def augment_slice(
     view: VolumeView, z: int, *, seed: int, augment: AugmentConfig = AUGMENTATION
 ) -> AugmentedSlice:
@@ -112,27 +150,15 @@ def augment_slice(
         seed: Of the transform.
         augment: Ranges of the transform; intensities are not changed.
     """
-    sizes = torch.tensor([view.shape])
-    transform = SpatialTransform.sample(
-        augment, sizes, generator=generator_for(seed, z, 7), canvas=whole_canvas(sizes)
-    )
-    return apply_transform(view.explorer, view.image(z), view.keypoints(z).positions, transform)
+    transform = random_transform(view.shape, seed=seed, z=z, augment=augment)
+    moved = move_slice(view.image(z), view.keypoints(z).positions, transform)
+    return look_at(view.explorer, moved)
 
 
-def apply_transform(
-    explorer: Explorer,
-    image: NDArray[np.float32],
-    keypoints: NDArray[np.float32],
-    transform: SpatialTransform,
-) -> AugmentedSlice:
-    """Move a slice (H, W) and its keypoints (N, 2) by a transform of one slice, and run the network over it."""
-    canvas = pad_to_multiple(torch.from_numpy(image)[None, None], 16)
-    moved = transform.images(canvas)[0, 0]
-    positions = torch.from_numpy(keypoints)[None]
-    points, valid = transform.points(positions, torch.ones(positions.shape[:2], dtype=torch.bool))
-    kept = valid[0].nonzero()[:, 0].numpy()
-    features = SliceFeatures.compute(explorer, moved, points[0].numpy()[kept])
-    return AugmentedSlice(transform, moved.numpy(), transform.inside[0].numpy(), kept, features)
+def look_at(explorer: Explorer, moved: MovedSlice) -> AugmentedSlice:
+    """Run the network over a moved slice."""
+    features = SliceFeatures.compute(explorer, moved.image, moved.points)
+    return AugmentedSlice(moved.transform, moved.image, moved.inside, moved.kept, moved.points, features)
 
 
 def equivariance_maps(

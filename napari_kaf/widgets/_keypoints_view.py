@@ -11,13 +11,13 @@ from napari_kaf import _explore_layers
 from napari_kaf._exploration import Exploration
 from napari_kaf._explore_lab import Network
 from napari_kaf._explore_task import KeypointTable, keypoints_task
-from napari_kaf._form import number_box, spin_box, tip
+from napari_kaf._form import choice_box, number_box, spin_box
 from napari_kaf.widgets._explore_view import View, tell
 from napari_kaf.widgets._panel import Life
 from napari_kaf.widgets._pictures import colors_of
 
 _THIS, _WHOLE = range(2)
-_DETECTORS = {"SIFT": "sift", "SuperPoint": "superpoint"}
+_DETECTORS = {"sift": "SIFT", "superpoint": "SuperPoint"}
 _COLORMAP = "viridis"
 _OUTLINE = 0.7  # mm
 
@@ -35,9 +35,7 @@ class KeypointsView(View):
         self.extent = QComboBox()
         self.extent.addItems(["the shown slice", "the whole volume"])
         self.extent.setToolTip("The shown slice is followed as you move the slider")
-        self.detector = QComboBox()
-        self.detector.addItems(list(_DETECTORS))
-        self.detector.setToolTip(tip(KeypointConfig, "detector"))
+        self.detector = choice_box(KeypointConfig, "detector", _DETECTORS)
         self.cap = spin_box(KeypointConfig, "max_keypoints", highest=100_000)
         self.contrast = number_box(KeypointConfig, "contrast_threshold", lowest=0, highest=0.5, decimals=3)
         self.edge = number_box(KeypointConfig, "edge_threshold", lowest=0.1, highest=1000, decimals=1)
@@ -68,7 +66,7 @@ class KeypointsView(View):
         """Detection as it is set here; the rest is that of the network."""
         assert self.exploration.network is not None
         return self.exploration.network.keypoints.override(
-            detector=_DETECTORS[self.detector.currentText()],
+            detector=self.detector.currentData(),
             max_keypoints=self.cap.value(),
             contrast_threshold=self.contrast.value(),
             edge_threshold=self.edge.value(),
@@ -80,7 +78,7 @@ class KeypointsView(View):
         for box in boxes:
             box.blockSignals(True)
         config = network.keypoints
-        self.detector.setCurrentIndex(list(_DETECTORS.values()).index(config.detector))
+        self.detector.setCurrentIndex(self.detector.findData(config.detector))
         self.cap.setValue(config.max_keypoints)
         self.contrast.setValue(config.contrast_threshold)
         self.edge.setValue(config.edge_threshold)
@@ -176,7 +174,7 @@ class KeypointsView(View):
         self.refresh()
 
     def _enable_thresholds(self) -> None:
-        sift = self.detector.currentText() == "SIFT"
+        sift = self.detector.currentData() == "sift"
         self.contrast.setEnabled(sift)
         self.edge.setEnabled(sift)
 

@@ -41,6 +41,7 @@ class PlaceRow(QWidget):
         self.pick.clicked.connect(self._clicked)
         life.listen(exploration.picking.changed, self._show)
         life.listen(exploration.place_changed, self._show)
+        life.listen(exploration.slice_changed, self._show)
         life.listen(exploration.network_changed, self._show)
         self._show()
 

@@ -9,10 +9,11 @@ from kaf_model.augment import SpatialTransform
 from kaf_model.explore.equivariance import (
     AUGMENTATION,
     EquivarianceError,
-    apply_transform,
     augment_slice,
     equivariance_errors,
     equivariance_maps,
+    look_at,
+    move_slice,
 )
 from kaf_model.explore.explorer import Explorer
 from kaf_model.explore.similarity import similarity_maps
@@ -35,7 +36,7 @@ def moved(view, z, matrix=((1.0, 0.0), (0.0, 1.0)), offset=(0.0, 0.0)):
         sizes=torch.tensor([view.shape]),
         output_size=(48, 64),
     )
-    return apply_transform(view.explorer, view.image(z), view.keypoints(z).positions, transform)
+    return look_at(view.explorer, move_slice(view.image(z), view.keypoints(z).positions, transform))
 
 
 def test_a_slice_that_is_not_moved_has_no_error(view):

@@ -458,7 +458,9 @@ def test_places_can_be_typed(explored, qtbot):
     panel.place.y_box.setValue(7)
     panel.place.x_box.setValue(9)
     assert panel.exploration.place == (2.0, 7.0, 9.0)
-    assert panel.place.told.text().startswith("Place: slice 2, y 7, x 9.")
+    assert panel.place.told.text() == "Place: slice 2, y 7, x 9."
+    panel.session.go_to(4)
+    assert panel.place.told.text() == "Place: slice 2, y 7, x 9; the slice you see is 4."
 
 
 def test_layers_go_when_asked_and_stay_away(explored, qtbot):
