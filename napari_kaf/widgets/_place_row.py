@@ -55,9 +55,11 @@ class PlaceRow(QWidget):
             box.setMaximum(opened.volume.shape[axis] - 1 if opened is not None else 0)
             box.setValue(round(place[axis]) if place is not None else box.maximum() // 2)
             box.blockSignals(False)
-        told = (
-            [] if place is None else [f"Place: slice {round(place[0])}, y {place[1]:.0f}, x {place[2]:.0f}."]
-        )
+        told = []
+        if place is not None:
+            z, shown = round(place[0]), exploration.session.slice
+            elsewhere = "" if z == shown else f"; the slice you see is {shown}"
+            told.append(f"Place: slice {z}, y {place[1]:.0f}, x {place[2]:.0f}{elsewhere}.")
         if exploration.picking.on:
             told.append(_PICKING)
         self.told.setText(" ".join(told))

@@ -332,6 +332,21 @@ def test_a_network_without_kaf_layers_has_no_attention(explored, qtbot, tmp_path
     assert layer(viewer, "similarity") is not None
 
 
+def test_a_network_with_other_levels_is_refused_in_words(explored, qtbot, tmp_path):
+    from kaf_model.checkpoint import ClassLabel, Model
+    from kaf_model.config import KeypointConfig, ModelConfig, SliceConfig
+    from kaf_model.unet import build_network
+
+    config = ModelConfig.preset("small", architecture="swin-unet", start_channels=12)
+    classes = (ClassLabel(0, "background"), ClassLabel(1, "heart"))
+    model = Model(build_network(config), config, SliceConfig(), KeypointConfig(), classes)
+    _viewer, panel = explored
+    panel.model.add_file(model.save(tmp_path / "swin.safetensors"))
+    settle(panel, qtbot)
+    assert "a swin-unet has no four levels" in panel.note.text()
+    assert "a swin-unet has no four levels" in panel.keypoints.status.text()
+
+
 def test_similarity_of_a_clicked_voxel(trained, qtbot):
     viewer, panel = trained
     see(panel, qtbot, SIMILARITY)
