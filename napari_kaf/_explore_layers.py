@@ -316,13 +316,19 @@ def _place(opened: OpenVolume, part: Part) -> dict[str, Any]:
 
 @contextmanager
 def _selection_kept(viewer: ViewerModel) -> Iterator[None]:
-    """Add layers without taking the selection; the places stay on top."""
+    """Add a layer to its group without taking the selection."""
     selected = viewer.layers.selection.active
     yield
-    places = find(viewer, "places")
-    if places is not None and viewer.layers[-1] is not places:
-        viewer.layers.move(viewer.layers.index(places), len(viewer.layers))
+    _gather(viewer)
     if selected is not None and selected in viewer.layers:
         viewer.layers.selection.active = selected
     else:
         viewer.layers.selection.clear()
+
+
+def _gather(viewer: ViewerModel) -> None:
+    """Put the layer that was added last on top of the others of Explore, but under the places."""
+    *others, newest = [layer for layer in viewer.layers if part_of(layer) is not None]
+    if others:
+        above = 0 if part_of(others[-1]) == "places" else 1
+        viewer.layers.move(viewer.layers.index(newest), viewer.layers.index(others[-1]) + above)

@@ -488,7 +488,7 @@ def test_layers_go_when_asked_and_stay_away(explored, qtbot):
     assert names == ["Explore: keypoints", "Explore: similarity", "Explore: places"]
     assert not layer(viewer, "keypoints").visible  # of another tab
     panel.remove.click()
-    assert list(viewer.layers) == [viewer.layers[0], labels]
+    assert [one.name for one in viewer.layers] == ["heart_003", labels.name]
     see(panel, qtbot, KEYPOINTS)
     panel.session.go_to(1)
     settle(panel, qtbot)
@@ -498,6 +498,20 @@ def test_layers_go_when_asked_and_stay_away(explored, qtbot):
     settle(panel, qtbot)
     assert layer(viewer, "keypoints") is not None
     assert viewer.layers.selection.active is labels
+
+
+def test_the_layers_lie_together_with_the_places_on_top(explored, qtbot):
+    viewer, panel = explored
+    panel.session.new_labels()  # above the keypoints
+    panel.exploration.pick((2.0, 20.0, 33.0))
+    see(panel, qtbot, SIMILARITY)
+    assert [one.name for one in viewer.layers] == [
+        "heart_003",
+        "Explore: keypoints",
+        "Explore: similarity",
+        "Explore: places",
+        "heart_003 labels",
+    ]
 
 
 def test_a_layer_that_the_user_deletes_stays_deleted(explored, qtbot):
