@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from lightning_fabric import Fabric
 
@@ -146,7 +147,7 @@ class _Workplace:
         folder = RunFolder(self._output / run.folder)
         folder.claim(run.config())
         start = None if run.pretraining is None else (yield from self._pretrained(run.pretraining))
-        labelled = [self._labelled(case, run) for case in run.train]
+        labelled = [_without_others(self._labelled(case, run)) for case in run.train]
         if not folder.trained:
             yield from self._train(run, folder, labelled, start)
         model = load_model(self._counting(folder), device=self._fabric.device)
@@ -168,7 +169,7 @@ class _Workplace:
         try:
             result = yield from STARTS[pretraining.start].pretrain(
                 pretraining.recipe,
-                VolumeFiles([case.image for case in pretraining.cases], **self._plan.data.reading),
+                self._files(pretraining.cases),
                 folder.weights,
                 resume=folder.interrupted,
                 fabric=self._fabric,
@@ -190,6 +191,7 @@ class _Workplace:
             labelled,
             recipe.finetune,
             start=start,
+            unlabelled=self._files(run.unlabelled) if run.unlabelled else (),
             class_names=self._cohort.classes,
             slices=recipe.slices,
             keypoints=recipe.keypoints,
@@ -222,6 +224,9 @@ class _Workplace:
                 without_labelled=run.column.kind == "slices",
             )
         )
+
+    def _files(self, cases: Sequence[Case]) -> VolumeFiles:
+        return VolumeFiles([case.image for case in cases], **self._plan.data.reading)
 
     def _read(self, cases: Sequence[Case], run: Run) -> Iterator[tuple[Case, LabelledVolume]]:
         for case in cases:
@@ -262,6 +267,14 @@ class _Workplace:
             selected_step=best_step(measured) if measured else trained["steps"],
             date=now(),
         )
+
+
+def _without_others(case: LabelledVolume) -> LabelledVolume:
+    """A volume for training: the true labels of slices that do not count as labelled are not even there."""
+    known = np.zeros_like(case.labels)
+    for z in case.statuses:
+        known[z] = case.labels[z]
+    return LabelledVolume(case.volume, known, case.statuses)
 
 
 def _write_plan(plan: Plan, output: Path) -> None:

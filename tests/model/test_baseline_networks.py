@@ -13,6 +13,7 @@ from kaf_model.checkpoint import load_model
 from kaf_model.config import AugmentConfig, FinetuneConfig, ModelConfig, SliceConfig
 from kaf_model.fcn import FcnHead
 from kaf_model.finetune import finetune
+from kaf_model.inference import InferenceNetwork
 from kaf_model.labels import LabelledVolume, SliceStatus
 from kaf_model.phantom import make_heart
 from kaf_model.segment import segment_volume
@@ -182,6 +183,19 @@ def test_slices_of_any_size(architecture, size):
     logits = network(architecture)(batch([1], size)[0])
     assert logits.shape == (1, 3, *size)
     assert logits.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", NEW)
+def test_the_folded_network_gives_the_same_logits(architecture, monkeypatch):
+    model = network(architecture)
+    inputs = batch([7, 0, 12])
+    logits = model(*inputs)
+    monkeypatch.setattr(engine, "has_bfloat16", lambda device: False)
+    assert close(InferenceNetwork(model)(*inputs), logits)
+    monkeypatch.setattr(engine, "has_bfloat16", lambda device: True)
+    halved = InferenceNetwork(model)(*inputs)
+    assert (halved - logits).abs().max() < 0.1 * logits.abs().max()
 
 
 @pytest.mark.parametrize("architecture", NEW)
