@@ -37,6 +37,7 @@ class View(QWidget):
         self.exploration = exploration
         self.seen = False
         self._due = True
+        self._excuse = False  # what the line says is why there is no answer
         self.column = QVBoxLayout(self)
         self.column.setContentsMargins(6, 8, 6, 6)
         self.column.setSpacing(6)
@@ -76,18 +77,16 @@ class View(QWidget):
             return
         network = self.exploration.network
         if network is None:
-            self.exploration.desk.drop(self.key)
-            tell(self.status, self.exploration.problem)
-            self.clear()
+            self._excused(self.exploration.problem)
             return
         reason = self.reason(network)
         if reason:
-            self.exploration.desk.drop(self.key)
-            self.drop_layers()
-            self.clear()
-            tell(self.status, reason)
-        else:
-            self.ask()
+            self._excused(reason)
+            return
+        if self._excuse:
+            self._excuse = False
+            tell(self.status, "")
+        self.ask()
 
     def reason(self, network: Network) -> str:
         """Why nothing can be shown, in words; empty when something can."""
@@ -109,13 +108,18 @@ class View(QWidget):
 
     def failed(self, reason: str) -> None:
         """Say why there is no answer; what was shown of an earlier one goes."""
-        self.drop_layers()
-        self.clear()
         if reason == CANCELLED:
             self._due = True
-            tell(self.status, "Cancelled. Change something, or come back to this tab, to ask again.")
+            self._excused("Cancelled. Change something, or come back to this tab, to ask again.")
         else:
-            tell(self.status, f"It did not work: {reason}")
+            self._excused(f"It did not work: {reason}")
+
+    def _excused(self, why: str) -> None:
+        self._excuse = True
+        self.exploration.desk.drop(self.key)
+        self.drop_layers()
+        self.clear()
+        tell(self.status, why)
 
     def _show_toggled(self, wanted: bool) -> None:
         if wanted:
@@ -127,7 +131,7 @@ class View(QWidget):
         if self.exploration.network is not None:
             self.adopt(self.exploration.network)
         else:
-            self.drop_layers()
+            self.drop_layers()  # also of a view that is not seen
         self.refresh()
 
     def _layer_deleted(self, part: str) -> None:
