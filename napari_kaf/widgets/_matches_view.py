@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QBoxLayout, QCheckBox, QFormLayout, QSpinBox, QVBoxLayout, QWidget
-from superqt import QLabeledDoubleSlider
+from superqt import QLabeledDoubleSlider, QLabeledSlider
 
 from kaf_model.config import CorrespondenceConfig
 from napari_kaf import _explore_layers
@@ -136,11 +136,13 @@ class MatchesView(View):
         self.distance = QSpinBox()
         self.distance.setRange(1, 1)
         self.distance.setToolTip("How far the neighbour is; at the end of the stack the one before is taken")
-        self.radius = _slider(1, 200, CorrespondenceConfig.model_fields["radius"].default, 0)
+        self.radius = QLabeledSlider(Qt.Orientation.Horizontal)
+        self.radius.setRange(1, 200)
+        self.radius.setValue(int(CorrespondenceConfig.model_fields["radius"].default))
         self.radius.setToolTip(tip(CorrespondenceConfig, "radius"))
-        self.ratio = _slider(0.5, 1, 1, 2)
+        self.ratio = _share_slider(0.5, 1.0)
         self.ratio.setToolTip(f"{tip(CorrespondenceConfig, 'ratio')} Here 1 is none.")
-        self.probability = _slider(0, 1, 0.2, 2)
+        self.probability = _share_slider(0.0, 0.2)
         self.probability.setToolTip("Learned matches that are less probable are left out")
         form.addRow("Distance, slices", self.distance)
         form.addRow("Radius, pixels", self.radius)
@@ -235,11 +237,11 @@ class MatchesView(View):
         self._ask_tracks()
 
 
-def _slider(lowest: float, highest: float, value: float, decimals: int) -> QLabeledDoubleSlider:
+def _share_slider(lowest: float, value: float) -> QLabeledDoubleSlider:
     slider = QLabeledDoubleSlider(Qt.Orientation.Horizontal)
-    slider.setRange(lowest, highest)
-    slider.setDecimals(decimals)
-    slider.setSingleStep(10**-decimals)
+    slider.setRange(lowest, 1)
+    slider.setDecimals(2)
+    slider.setSingleStep(0.01)
     slider.setValue(value)
     return slider
 

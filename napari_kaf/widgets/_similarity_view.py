@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from qtpy.QtWidgets import QCheckBox, QComboBox, QFormLayout, QHBoxLayout, QPushButton, QSpinBox
 
 from napari_kaf import _explore_layers
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kaf_model.explore.equivariance import EquivarianceError
 
 LEVELS = (1, 2, 3, 4)
+Limits = tuple[float, float]
 _EQUIVARIANCE, _ERROR = "equivariance", "equivariance error"
 
 
@@ -47,7 +49,7 @@ class SimilarityView(View):
         self.level.setCurrentIndex(2)
         self.level.setToolTip("Encoder level whose map lies on the canvas: 1 is the finest, 4 the coarsest")
         self.neighbours = QSpinBox()
-        self.neighbours.setRange(0, 20)
+        self.neighbours.setRange(0, 5)
         self.neighbours.setValue(1)
         self.neighbours.setPrefix("± ")
         self.neighbours.setToolTip("How many slices on either side are compared as well")
@@ -127,19 +129,18 @@ class SimilarityView(View):
             f"{len(answer.slices)} slices of {_size(cells[1])} to {_size(cells[4])} cells.",
         )
 
-    def _limits(self, level: int) -> tuple[float, float]:
-        assert self._answer is not None
+    def _limits(self, answer: SimilarityAnswer) -> dict[int, Limits]:
+        """Values of the darkest and the brightest colour of each level."""
         if not self.stretch.isChecked():
-            return 0.0, 1.0
-        values = [maps for (_z, own), maps in self._answer.maps.items() if own == level]
-        low, high = (float(end(one)) for end, one in ((np.min, _joint(values)), (np.max, _joint(values))))
-        return low, max(high, low + 1e-6)
+            return dict.fromkeys(LEVELS, (0.0, 1.0))
+        return {level: _extremes([answer.maps[z, level] for z in answer.slices]) for level in LEVELS}
 
     def _draw(self, *_: Any) -> None:
         answer, session = self._answer, self.exploration.session
         if answer is None or session.opened is None:
             return
-        rows = [[self._picture(answer, z, level) for level in LEVELS] for z in answer.slices]
+        limits = self._limits(answer)
+        rows = [[_picture(answer, z, level, limits[level]) for level in LEVELS] for z in answer.slices]
         height, width = answer.images[answer.slices[0]].shape
         self.grid.show_pictures(rows, height / width)
         if self.on_canvas:
@@ -149,24 +150,8 @@ class SimilarityView(View):
                 "similarity",
                 answer.heat,
                 first=answer.slices[0],
-                limits=self._limits(answer.level),
+                limits=limits[answer.level],
             )
-
-    def _picture(self, answer: SimilarityAnswer, z: int, level: int) -> Picture:
-        own = z == round(answer.place[0])
-        limits = self._limits(level)
-        height, width = answer.images[z].shape
-        mark = ((answer.pixel[0] + 0.5) / height, (answer.pixel[1] + 0.5) / width) if own else None
-        caption = f"level {level}" if z == answer.slices[0] else ""
-        return Picture(
-            grey_image(answer.images[z]),
-            heat_image(answer.maps[z, level], limits),
-            f"{caption}, z {z}" if caption and level == 1 else caption or (f"z {z}" if level == 1 else ""),
-            f"slice {z}, level {level}: similarity {limits[0]:.2f} (dark) to {limits[1]:.2f} (bright)\n"
-            "Click to go there with this level on the canvas",
-            mark,
-            chosen=own and level == answer.level,
-        )
 
     def _picture_chosen(self, row: int, column: int) -> None:
         assert self._answer is not None
@@ -236,6 +221,9 @@ class SimilarityView(View):
         )
 
     def _measured(self, error: EquivarianceError) -> None:
+        if not error.num_points:
+            tell(self.whole_words, "No random place stayed on the slice; draw again.")
+            return
         tell(
             self.whole_words,
             f"Of the whole slice at level {error.level}: <b>{error.error:.3f}</b> over {error.num_points} random "
@@ -257,13 +245,29 @@ def _size(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _joint(maps: list[Any]) -> Any:
-    return np.concatenate([one.ravel() for one in maps])
+def _extremes(maps: Sequence[NDArray[np.float32]]) -> Limits:
+    low = min(float(one.min()) for one in maps)
+    return low, max(*(float(one.max()) for one in maps), low + 1e-6)
+
+
+def _picture(answer: SimilarityAnswer, z: int, level: int, limits: Limits) -> Picture:
+    own = z == round(answer.place[0])
+    height, width = answer.images[z].shape
+    captions = [f"level {level}"] if z == answer.slices[0] else []
+    captions += [f"z {z}"] if level == LEVELS[0] else []
+    return Picture(
+        grey_image(answer.images[z]),
+        heat_image(answer.maps[z, level], limits),
+        ", ".join(captions),
+        f"slice {z}, level {level}: similarity {limits[0]:.2f} (dark) to {limits[1]:.2f} (bright)\n"
+        "Click to go there with this level on the canvas",
+        ((answer.pixel[0] + 0.5) / height, (answer.pixel[1] + 0.5) / width) if own else None,
+        chosen=own and level == answer.level,
+    )
 
 
 def _pictures(view: AugmentedView) -> list[Picture]:
-    values = np.concatenate([view.computed.ravel(), view.carried.ravel()])
-    limits = float(values.min()), max(float(values.max()), float(values.min()) + 1e-6)
+    limits = _extremes([view.computed, view.carried])
     height, width = view.image.shape
     mark = (view.point[0] + 0.5) / height, (view.point[1] + 0.5) / width
     told = f"similarity {limits[0]:.2f} (dark) to {limits[1]:.2f} (bright)"

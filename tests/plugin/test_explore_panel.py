@@ -360,7 +360,7 @@ def test_similarity_of_a_clicked_voxel(trained, qtbot):
     assert view._answer.maps[2, 1][20, 33] == pytest.approx(1, abs=1e-5)  # a place is like itself
     assert all(-1 <= one.min() <= one.max() <= 1 for one in view._answer.maps.values())
     assert [len(row) for row in view.grid.pictures] == [4, 4, 4]
-    view.neighbours.setValue(9)
+    view.neighbours.setValue(5)
     settle(panel, qtbot)
     assert heat.data.shape == (5, 48, 64)
     cell = view.grid.cell(4, 0).center().toPoint()
@@ -466,6 +466,30 @@ def test_picking_never_disturbs_painting(explored, qtbot, notifications):
     assert not panel.place.pick.isChecked()
     click(viewer, (2, 10, 10))
     assert panel.exploration.place == pytest.approx((2, 20, 33))
+
+
+def test_the_wheel_moves_no_slider_it_passes_over(explored):
+    from qtpy.QtCore import QPoint, QPointF
+    from qtpy.QtGui import QWheelEvent
+    from qtpy.QtWidgets import QAbstractSlider, QApplication
+
+    _viewer, panel = explored
+    panel.show()
+    turn = QWheelEvent(
+        QPointF(5, 5),
+        QPointF(5, 5),
+        QPoint(0, 0),
+        QPoint(0, -120),
+        Qt.MouseButton.NoButton,
+        Qt.KeyboardModifier.NoModifier,
+        Qt.ScrollPhase.NoScrollPhase,
+        False,
+    )
+    radius = panel.matches.radius
+    before = radius.value()
+    for slider in [radius, *radius.findChildren(QAbstractSlider)]:
+        QApplication.sendEvent(slider, turn)
+    assert radius.value() == before
 
 
 def test_places_can_be_typed(explored, qtbot):
