@@ -80,7 +80,7 @@ class ResultSection(QWidget):
         """List the runs, newest first, with the shown one marked."""
         row = self.history.currentRow()
         self.history.clear()
-        shown = self.session.result
+        shown = self.session.results.shown
         for run in reversed(self.session.runs):
             mark = "▶ " if shown is not None and run.key == shown.key else ""
             self.history.addItem(mark + run.summary())
@@ -106,13 +106,13 @@ class ResultSection(QWidget):
     def accept_slice(self, *_: Any) -> None:
         """Take the result on this slice into the labels."""
         z = self.session.slice
-        self.session.accept()
+        self.session.results.accept()
         self.status.setText(f"Slice {z} accepted; Ctrl+Z takes it back.")
 
     @answering
     def accept_all(self, *_: Any) -> None:
         """Take the result into the labels wherever they are not finished."""
-        count = self.session.accept(
+        count = self.session.results.accept(
             range(len(self.session.result_labels if self.session.result_labels is not None else ()))
         )
         kept = len(self.session.ledger) - count
@@ -123,67 +123,67 @@ class ResultSection(QWidget):
     @answering
     def reject(self, *_: Any) -> None:
         """Put the result away."""
-        self.session.reject()
+        self.session.results.reject()
         self.status.setText("Result put away; its run is in the history.")
 
     @answering
     def show_selected(self, *_: Any) -> None:
         """Show the selected run's result."""
         if self.selected is not None:
-            self.session.show_run(self.selected)
+            self.session.results.show(self.selected)
 
     @answering
     def compare_selected(self, *_: Any) -> None:
         """Outline the selected run and say how it agrees with the shown result."""
         run, session = self.selected, self.session
-        if run is None or session.opened is None or session.store is None:
+        if run is None or session.opened is None or session.results.store is None:
             return
-        other = session.store.labels(run)
+        other = session.results.store.labels(run)
         _layers.show(session.viewer, session.opened, other, "comparison", session.classes, name="comparison")
-        if session.result_labels is None or session.result is None:
+        if session.result_labels is None or session.results.shown is None:
             self.status.setText(f"{run.name} is outlined; Show another run to compare it with.")
             return
         scores = agreement(session.result_labels, other, session.classes)
         told = ", ".join(f"{name} {dice:.3f}" for name, dice in scores.items())
-        self.status.setText(f"Dice of {run.name} (outlined) with {session.result.name}: {told}")
+        self.status.setText(f"Dice of {run.name} (outlined) with {session.results.shown.name}: {told}")
 
     @answering
     def rename_selected(self, *_: Any) -> None:
         """Ask for a name."""
         run = self.selected
-        if run is None or self.session.store is None:
+        if run is None or self.session.results.store is None:
             return
         name, given = QInputDialog.getText(self, "Rename run", "Name", text=run.name)
         if given:
-            self.session.store.rename(run, name)
-            self.session.reload_runs()
+            self.session.results.store.rename(run, name)
+            self.session.results.reload()
 
     @answering
     def save_selected(self, *_: Any) -> None:
         """Ask where the model goes."""
         run = self.selected
-        if run is None or self.session.store is None:
+        if run is None or self.session.results.store is None:
             return
         name, _filter = QFileDialog.getSaveFileName(
             self, "Save model", f"{run.name}.safetensors", "Checkpoints (*.safetensors)"
         )
         if name:
             path = Path(name) if name.endswith(".safetensors") else Path(f"{name}.safetensors")
-            self.session.store.save_model(run, path)
+            self.session.results.store.save_model(run, path)
             self.status.setText(f"Model saved as {path}")
 
     @answering
     def delete_selected(self, *_: Any) -> None:
         """Delete after asking."""
         run = self.selected
-        if run is None or self.session.store is None:
+        if run is None or self.session.results.store is None:
             return
         answer = QMessageBox.question(self, "Delete run", f"Delete {run.name} with its model and its result?")
         if answer == QMessageBox.StandardButton.Yes:
-            if self.session.result is not None and self.session.result.key == run.key:
-                self.session.show_run(None)
-            self.session.store.delete(run)
-            self.session.reload_runs()
+            if self.session.results.shown is not None and self.session.results.shown.key == run.key:
+                self.session.results.show(None)
+            self.session.results.store.delete(run)
+            self.session.results.reload()
 
     @answering
     def export_labels(self, *_: Any) -> None:

@@ -142,8 +142,8 @@ class TrainingSection(QWidget):
         session.flush()  # nothing that was drawn may depend on how the training ends
         statuses = session.ledger.training()
         check_request(statuses)
-        assert session.store is not None
-        store, key = session.store, session.store.new_key()
+        assert session.results.store is not None
+        store, key = session.results.store, session.results.store.new_key()
         choice = self.model.choice or SCRATCH
         volume = session.opened.volume
         painted = set(np.unique(_layers.stack(session.labels)[sorted(statuses)]).tolist())
@@ -256,8 +256,8 @@ class TrainingSection(QWidget):
         if session.opened is None or session.opened.volume is not self._volume:
             show_info(f"{run.name} on {self._volume.name} is finished; choose that volume to see it")
             return
-        session.reload_runs()
-        session.show_run(run, outcome.labels)
+        session.results.reload()
+        session.results.show(run, outcome.labels)
         dice = "" if outcome.held_out_dice is None else f" Held-out Dice {outcome.held_out_dice:.3f}."
         what = "Stopped" if outcome.stopped else "Finished"
         self.status.setText(

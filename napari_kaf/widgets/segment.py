@@ -243,7 +243,7 @@ class SegmentWidget(Panel):
         if session.opened is not None and session.opened.layer is opened.layer:
             if not session.classes:
                 session.set_classes(entries)
-            session.show_run(None, report.segmentation.labels)
+            session.results.show(None, report.segmentation.labels)
         else:
             _layers.show(viewer, opened, report.segmentation.labels, "result", entries, name="result")
 

@@ -95,10 +95,10 @@ def test_from_click_to_history(labelled, qtbot, notifications):
     assert viewer.layers.selection.active is session.labels
     assert panel.training.model.box.count() == 2  # from scratch, and this run
     panel.result.history.setCurrentRow(0)
-    session.store.rename(session.runs[0], "best")
-    session.reload_runs()
+    session.results.store.rename(session.runs[0], "best")
+    session.results.reload()
     assert "best" in panel.result.history.item(0).text()
-    session.reject()
+    session.results.reject()
     panel.result.show_it.click()
     assert session.result_labels is not None
     panel.result.compare.click()
@@ -115,8 +115,8 @@ def test_cancel_stops_soon_and_keeps_the_best_so_far(labelled, qtbot):
     finish(panel, qtbot)
     (run,) = panel.session.runs
     assert run.stopped
-    assert panel.session.store.model_path(run.key).is_file()
-    assert not list(panel.session.store.folder.glob("*.resume.*"))
+    assert panel.session.results.store.model_path(run.key).is_file()
+    assert not list(panel.session.results.store.folder.glob("*.resume.*"))
 
 
 def test_closing_the_panel_ends_the_training(labelled, qtbot):

@@ -84,7 +84,7 @@ def give_result(session: Session, value: int = 1) -> np.ndarray:
     result = np.zeros(SHAPE, np.uint8)
     result[:, 2:8, 2:10] = value
     run = Run("k", "run 1", "2026-01-01T00:00:00+00:00", {0: "complete"}, 5, 1.0, False, None, "", "CPU")
-    session.show_run(run, result)
+    session.results.show(run, result)
     return result
 
 
@@ -103,7 +103,7 @@ def test_accepting_fills_what_is_not_the_users_and_undo_takes_it_back(session):
     session.mark(Cell.COMPLETE, [0])
     drawn = session.labels.data.copy()
     result = give_result(session)
-    assert session.accept(range(4)) == 3
+    assert session.results.accept(range(4)) == 3
     np.testing.assert_array_equal(session.labels.data[0], drawn[0])  # complete: as drawn
     np.testing.assert_array_equal(session.labels.data[1], np.where(drawn[1], drawn[1], result[1]))
     np.testing.assert_array_equal(session.labels.data[2:], result[2:])
@@ -119,7 +119,7 @@ def test_accepting_fills_what_is_not_the_users_and_undo_takes_it_back(session):
 
 def test_accepted_slices_are_not_trained_on_until_marked(session):
     give_result(session)
-    session.accept(range(4))
+    session.results.accept(range(4))
     assert session.ledger.training() == {}
 
 
@@ -128,15 +128,15 @@ def test_accepting_a_finished_slice_is_refused(session):
     session.mark(Cell.COMPLETE)
     give_result(session)
     with pytest.raises(UserError, match="stays as you drew it"):
-        session.accept()
+        session.results.accept()
 
 
 def test_rejecting_removes_the_layer(session, viewer):
     give_result(session)
-    session.reject()
+    session.results.reject()
     assert not _layers.layers_with_role(viewer, "result")
     with pytest.raises(UserError, match="no result"):
-        session.accept()
+        session.results.accept()
 
 
 def test_strokes_are_saved_within_seconds_and_come_back_after_a_crash(session, viewer, monkeypatch):
