@@ -18,7 +18,7 @@ from kaf_model.errors import UserError
 from napari_kaf import _layers
 from napari_kaf._autosave import Autosave
 from napari_kaf._classes import ClassEntry, default_color, entries_of, free_value
-from napari_kaf._ledger import Cell, Ledger
+from napari_kaf._ledger import Cell, Ledger, recut_states
 from napari_kaf._paint import PaintWatch
 from napari_kaf._results import Results
 from napari_kaf._runs import Run, RunStore
@@ -120,6 +120,41 @@ class Session:
         self._changed()
         self.volume_changed.emit()
 
+    def recut(self, slice_axis: int) -> None:
+        """Cut the volume into slices along another stored axis; what is drawn on it is cut with it.
+
+        Raises:
+            UserError: While a task is running.
+        """
+        if self.busy:
+            raise UserError(f"{self.busy} is running; wait for it or cancel it first")
+        assert self.opened is not None
+        self.flush()
+        viewer, old, drawn_on = self.viewer, self.opened, self.labels
+        volume = old.volume.along(slice_axis)
+        layers = _layers.labels_layers(viewer, old.layer)
+        ledgers = [self._ledgers.get(layer) or (Ledger(old.volume.num_slices), []) for layer in layers]
+        self.choose_volume(None)
+        for layer in layers:
+            viewer.layers.remove(layer)
+        self.choose_volume(_layers.replace_volume(viewer, old, volume))
+        assert self.opened is not None
+        for layer, (ledger, classes) in zip(layers, ledgers, strict=True):
+            array = _layers.stack(layer)
+            accepted = np.array([state is Cell.ACCEPTED for state in ledger.states])[:, None, None]
+            both = (array, np.broadcast_to(accepted, array.shape))
+            cut, of_result = (volume.to_volume(old.volume.to_stored(part)) for part in both)
+            new = _layers.add_labels(viewer, self.opened, classes, cut.copy())
+            new.name = layer.name
+            self._ledgers[new] = (Ledger(len(cut), recut_states(ledger.states, cut, of_result)), classes)
+            if layer is drawn_on:
+                self.choose_labels(new)
+                self._autosave.owned_by(new)
+                self.offer = None
+        self._changed()
+        self.offer_changed.emit()
+        self.told.emit("cut along another axis; strokes of before can no longer be undone")
+
     def choose_labels(self, layer: Labels | None) -> None:
         """Draw on another layer, or on none; its paint stays untrained on until it is marked."""
         if layer is not None and layer is self.labels:
@@ -154,7 +189,10 @@ class Session:
         """Bring saved labels, ledger and class names back, in a layer of their own."""
         assert self.offer is not None
         assert self.opened is not None
-        offer, self.offer = self.offer, None
+        offer = self.offer
+        if offer.slice_axis is not None and offer.slice_axis != self.opened.volume.source.axes[0]:
+            self.recut(offer.slice_axis)
+        self.offer = None
         self.choose_labels(_layers.add_labels(self.viewer, self.opened, offer.classes, offer.labels.copy()))
         self.classes = list(offer.classes)
         self._set_ledger(Ledger(len(offer.states), offer.states))
@@ -344,14 +382,11 @@ class Session:
 
     def _open(self, layer: Image) -> None:
         self.opened = _layers.open_volume(layer)
-        source = self.opened.path
-        if source is not None and (frame := self.opened.volume.source.frame):
-            name = f"{self.opened.volume.name}-frame{frame}"
-        else:
-            name = self.opened.volume.name
-        sidecar = Sidecar(source, name, self.opened.volume.array)
+        source, volume = self.opened.path, self.opened.volume
+        name = f"{volume.name}-frame{volume.source.frame}" if volume.source.frame else volume.name
+        sidecar = Sidecar(source, name, volume.to_stored(volume.array))
         self._autosave.follow(sidecar)
-        self.results.follow(RunStore(sidecar.key))
+        self.results.follow(RunStore(f"{sidecar.key}-{self.opened.volume.source.axes[0]}"))
         self._look_for_saved_work()
         given = self._spacings.get(self._volume_key()) or (self.offer.spacing if self.offer else None)
         if given and not self.opened.spacing_known:
@@ -405,7 +440,7 @@ class Session:
         assert self.labels is not None
         assert self.paint is not None
         array = _layers.stack(self.labels)
-        if len(array) != len(self.ledger):
+        if self.opened is not None and array.shape != self.opened.volume.shape:
             layer = self.labels
             self._leave_labels()
             self.warned.emit(
@@ -422,10 +457,13 @@ class Session:
                 self.set_classes([*self.classes, *entries_of({}, new)])
 
     def _save(self) -> None:
-        if self.labels is not None:
+        if self.labels is not None and self.opened is not None:
             given = self._spacings.get(self._volume_key())
             array = _layers.stack(self.labels).copy()
-            self._autosave.save(Snapshot(array, self.ledger.states, tuple(self.classes), given), self.labels)
+            axis = self.opened.volume.source.axes[0]
+            self._autosave.save(
+                Snapshot(array, self.ledger.states, tuple(self.classes), given, axis), self.labels
+            )
 
 
 _sessions: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
+import nibabel as nib
 from qtpy.QtWidgets import (
     QComboBox,
     QDoubleSpinBox,
@@ -16,9 +17,19 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
-from kaf_model.volume import read_volume
+from kaf_model.geometry import spacing_of
+from kaf_model.volume import Source, read_volume
 from napari_kaf import _layers
 from napari_kaf.widgets._panel import Life, answering, heading, words
+
+_DIRECTIONS = {
+    "L": "left to right",
+    "R": "left to right",
+    "A": "front to back",
+    "P": "front to back",
+    "S": "head to foot",
+    "I": "head to foot",
+}
 
 
 class VolumeSection(QWidget):
@@ -38,6 +49,7 @@ class VolumeSection(QWidget):
         column.addWidget(self.box)
         column.addWidget(self.about)
         column.addWidget(self.notices)
+        column.addWidget(self._make_axis_row())
         column.addWidget(self._make_frame_row())
         column.addWidget(self._make_spacing_row())
         column.addWidget(self._make_offer())
@@ -58,8 +70,9 @@ class VolumeSection(QWidget):
         self.box.setEnabled(bool(layers))
         chosen = opened is not None and opened.layer in layers
         self.box.setCurrentIndex(layers.index(opened.layer) if opened is not None and chosen else -1)
+        self._show_axes()
         self.spacing_row.setVisible(opened is not None and not opened.spacing_known)
-        frames = opened.layer.metadata.get(_layers.KEY, {}).get("frames", 1) if opened is not None else 1
+        frames = _layers.num_frames(opened.layer) if opened is not None else 1
         self.frame_row.setVisible(frames > 1)
         if opened is None:
             self.about.setText(
@@ -101,6 +114,29 @@ class VolumeSection(QWidget):
         row.addWidget(self.use_spacing)
         column.addLayout(row)
         return self.spacing_row
+
+    def _make_axis_row(self) -> QWidget:
+        self.axis_row = QWidget()
+        row = QHBoxLayout(self.axis_row)
+        row.setContentsMargins(0, 0, 0, 0)
+        self.axis = QComboBox()
+        self.axis.setAccessibleName("Slices along")
+        self.axis.setToolTip(
+            "The axis the volume is cut into slices along; normally that of the largest spacing. "
+            "Labels are cut with it and lose nothing"
+        )
+        self.axis.activated.connect(self._recut)
+        row.addWidget(QLabel("Slices along"))
+        row.addWidget(self.axis, 1)
+        return self.axis_row
+
+    def _show_axes(self) -> None:
+        opened = self.session.opened
+        self.axis_row.setVisible(opened is not None and opened.layer.ndim == 3)
+        self.axis.clear()
+        if opened is not None:
+            self.axis.addItems(_axes(opened.volume.source))
+            self.axis.setCurrentIndex(opened.volume.source.axes[0])
 
     def _make_frame_row(self) -> QWidget:
         self.frame_row = QWidget()
@@ -151,6 +187,15 @@ class VolumeSection(QWidget):
         self.session.choose_volume(_layers.image_layers(self.session.viewer)[index])
 
     @answering
+    def _recut(self, index: int) -> None:
+        assert self.session.opened is not None
+        try:
+            if index != self.session.opened.volume.source.axes[0]:
+                self.session.recut(index)
+        finally:
+            self._show_axes()
+
+    @answering
     def _give_spacing(self, *_: Any) -> None:
         self.session.give_spacing([box.value() for box in self.spacing_boxes])
 
@@ -161,13 +206,7 @@ class VolumeSection(QWidget):
         volume = read_volume(source.path, frame=self.frame.value(), fill_nan=0)
         count = self.frame.maximum() + 1
         name = f"{volume.name} frame {self.frame.value()}"
-        layer = self.session.viewer.add_image(
-            volume.array,
-            name=name,
-            colormap="gray",
-            **_layers.layer_arguments(volume, "volume", frames=count),
-        )
-        self.session.choose_volume(layer)
+        self.session.choose_volume(_layers.add_volume(self.session.viewer, volume, name, count))
 
     @answering
     def _restore(self, *_: Any) -> None:
@@ -176,3 +215,14 @@ class VolumeSection(QWidget):
     @answering
     def _decline(self, *_: Any) -> None:
         self.session.decline_offer()
+
+
+def _axes(source: Source) -> list[str]:
+    """The stored axes in words."""
+    size, spacing = (*source.shape, 1)[:3], spacing_of(source.affine)
+    known = source.format != "array"
+    letters = nib.aff2axcodes(source.affine) if known else (None, None, None)
+    return [
+        f"{_DIRECTIONS.get(letter, f'array axis {2 - axis}')}: {size[axis]} slices of {spacing[axis]:.3g} mm"
+        for axis, letter in enumerate(letters)
+    ]

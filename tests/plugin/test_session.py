@@ -276,3 +276,52 @@ def test_what_cannot_be_saved_is_told_once_and_tried_again(session, monkeypatch)
     assert "No space left" in said[0]
     session.flush()  # still pending, and there is room again
     assert session._autosave.sidecar.load().num_marked == 2
+
+
+def test_a_volume_is_cut_along_another_axis_with_its_labels(session, viewer):
+    paint(session, 1)
+    paint(session, 2, value=2)
+    session.mark(Cell.COMPLETE, [1])
+    drawn = session.labels.data.copy()
+    session.recut(0)
+    assert session.opened.volume.shape == (16, 4, 12)  # stored (x, y, z); Y runs down from the top slice
+    assert {layer.data.shape for layer in viewer.layers} == {(16, 4, 12)}
+    assert np.count_nonzero(session.labels.data) == np.count_nonzero(drawn)
+    assert session.ledger.states[4:9] == (Cell.PARTIAL,) * 5
+    assert session.ledger.states[3] is Cell.UNTOUCHED
+    assert [entry.value for entry in session.classes] == [1, 2]
+    session.recut(2)
+    np.testing.assert_array_equal(session.labels.data, drawn)
+
+
+def test_work_on_another_cut_is_restored_in_that_cut(session, viewer):
+    paint(session, 1)
+    session.recut(0)
+    session.mark(Cell.PARTIAL, [4])
+    drawn = session.labels.data.copy()
+    session.flush()
+    other = ViewerModel()
+    volume = session.opened.volume.along(2)
+    other.add_image(volume.array, name="scan", **_layers.layer_arguments(volume, "volume"))
+    again = Session(other)
+    again.poll()
+    assert again.opened.volume.shape == SHAPE
+    again.restore()
+    assert again.opened.volume.shape == (16, 4, 12)
+    np.testing.assert_array_equal(again.labels.data, drawn)
+    again.close()
+
+
+def test_while_a_task_runs_the_volume_is_not_recut(session):
+    session.set_busy("Finetuning")
+    with pytest.raises(UserError, match="Finetuning is running"):
+        session.recut(0)
+
+
+def test_labels_of_another_height_and_width_are_noticed(session):
+    said = []
+    session.warned.connect(said.append)
+    session.labels.data = np.zeros((SHAPE[0], 10, 10), np.uint8)
+    session.poll()
+    assert "no longer has the shape" in said[0]
+    assert session.labels is None
