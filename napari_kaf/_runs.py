@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ class Run:
         dice = "" if self.held_out_dice is None else f", held-out Dice {self.held_out_dice:.3f}"
         end = " (stopped)" if self.stopped else ""
         return f"{self.name}: {when}, {len(self.labelled)} labelled slices, {self.steps} steps{end}{dice}"
+
+
+def next_name(runs: Sequence[Run]) -> str:
+    """A name that no run has yet."""
+    taken = {run.name for run in runs}
+    return next(name for number in range(len(runs) + 1, 10**9) if (name := f"run {number}") not in taken)
 
 
 class RunStore:

@@ -60,7 +60,7 @@ class FinetuneWidget(Panel):
             "partial": lambda: self.ledger.mark(Cell.PARTIAL),
             "next": lambda: self.session.step_labelled(1),
             "previous": lambda: self.session.step_labelled(-1),
-            "finetune": self.training.toggle,
+            "finetune": self.training.row.toggle,
             "accept": self.result.accept_slice,
             "accept_all": self.result.accept_all,
             "reject": self.result.reject,

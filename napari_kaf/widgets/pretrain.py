@@ -250,7 +250,7 @@ class PretrainWidget(Panel):
         self.life.job.control.pause(self._paused)
         self.pause.setText("Go on" if self._paused else "Pause")
         if self._paused:
-            self.row.status.setText("Paused after the step that runs.")
+            self.row.say("Paused after the step that runs.")
 
     def _reported(self, report: Any) -> None:
         if isinstance(report, PairPicture):
@@ -264,13 +264,11 @@ class PretrainWidget(Panel):
         self._show_state()
         self.session.runs_changed.emit()  # lists of models look again
         if outcome.path is None:
-            self.row.status.setText("Stopped before anything was learnt.")
+            self.row.say("Stopped before anything was learnt.")
         elif outcome.stopped:
-            self.row.status.setText(
-                f"Stopped after {outcome.steps} steps; {outcome.path} can be used, or resumed."
-            )
+            self.row.say(f"Stopped after {outcome.steps} steps; {outcome.path} can be used, or resumed.")
         else:
-            self.row.status.setText(f"Finished after {outcome.steps} steps: {outcome.path}")
+            self.row.say(f"Finished after {outcome.steps} steps: {outcome.path}")
 
     def _show_state(self, *_: Any) -> None:
         training = self.row.running and self.session.busy == "Pretraining"

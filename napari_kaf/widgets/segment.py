@@ -254,7 +254,7 @@ class SegmentWidget(Panel):
         told = f"{'Stopped' if outcome.stopped else 'Finished'}: {count} volumes"
         if outcome.problems:
             told += f"; {len(outcome.problems)} problems: {'; '.join(outcome.problems[:3])}"
-        self.row.status.setText(told)
+        self.row.say(told)
 
     @answering
     def _save_csv(self, *_: Any) -> None:
@@ -275,7 +275,7 @@ class SegmentWidget(Panel):
             self._outcome.scores.to_csv(path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
-        self.row.status.setText(f"Table saved as {path}")
+        self.row.say(f"Table saved as {path}")
 
 
 def _number(value: float, digits: int) -> str:
