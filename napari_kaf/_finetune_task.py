@@ -178,6 +178,7 @@ def _result(
     last_seen: NDArray[np.integer[Any]] | None,
 ) -> Generator[Report, None, NDArray[np.integer[Any]] | None]:
     """Segment the volume with the trained model; in a hurry, what was last seen of it has to do."""
+
     def report(step: int) -> Report:
         progress = Progress("segmenting the volume", step, request.volume.num_slices)
         return Report(progress, describe_device(model.device), memory_in_use(model.device))

@@ -96,11 +96,6 @@ class Ledger:
         along = range(z + step, len(self) if step > 0 else -1, step)
         return next((other for other in along if self._states[other] is not Cell.UNTOUCHED), None)
 
-    def summary(self) -> str:
-        """Count the states in words."""
-        counts = [(cell, sum(self.cell(z) is cell for z in range(len(self)))) for cell in Cell]
-        return ", ".join(f"{count} {cell}" for cell, count in counts if count)
-
 
 def recut_states(
     states: Sequence[Cell], labels: NDArray[Any], accepted: NDArray[np.bool_]

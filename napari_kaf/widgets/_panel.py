@@ -13,6 +13,7 @@ from qtpy.QtWidgets import (
     QComboBox,
     QFrame,
     QLabel,
+    QPushButton,
     QScrollArea,
     QSizePolicy,
     QVBoxLayout,
@@ -98,14 +99,17 @@ class Panel(QScrollArea):
         self.column.setContentsMargins(6, 4, 6, 6)
         self.column.setSpacing(6)
         self.setWidget(content)
-        self.setMinimumWidth(340)
+        self.setMinimumWidth(336)
 
     def showEvent(self, event: Any) -> None:
-        """From the first showing on, the wheel scrolls the panel and changes no value it passes over."""
+        """From the first showing on, the wheel changes no value it passes over, and long names no width."""
         for kind in (QAbstractSpinBox, QComboBox):
             for box in self.findChildren(kind):
                 box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
                 box.installEventFilter(self)
+                if isinstance(box, QComboBox):
+                    box.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
+                    box.setMinimumWidth(90)
         super().showEvent(event)
 
     def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
@@ -129,6 +133,14 @@ class Panel(QScrollArea):
         """End when the panel itself is closed."""
         self.life.end()
         super().closeEvent(event)
+
+
+def button(text: str, tip: str, slot: Callable[..., None]) -> QPushButton:
+    """A button with a tooltip."""
+    made = QPushButton(text)
+    made.setToolTip(tip)
+    made.clicked.connect(slot)
+    return made
 
 
 def heading(text: str) -> QLabel:

@@ -46,7 +46,7 @@ class TrainingForm(QWidget):
         for label, widget, name, changed in rows:
             widget.setToolTip(description(name))
             widget.setAccessibleName(label or self.hold_out.text())
-            form.addRow(label, widget)
+            form.addRow(label, widget) if label else form.addRow(widget)
             changed.connect(lambda value, name=name: setattr(settings(), name, value))
         column.addLayout(form)
         self.model.changed.connect(self._show_preset)

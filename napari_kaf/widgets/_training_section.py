@@ -30,6 +30,8 @@ from napari_kaf.widgets._job_row import STOPPED_AT_ONCE, JobRow, minutes
 from napari_kaf.widgets._panel import Life
 from napari_kaf.widgets._training_form import TrainingForm
 
+FINETUNING = "Finetuning"
+
 
 class TrainingSection(QWidget):
     """Model to start from, settings, the Finetune button and the live curve."""
@@ -70,7 +72,7 @@ class TrainingSection(QWidget):
         self._run = _begun(request, self.form.choice.name, next_name(session.runs))
         self._volume = session.opened.volume
         self.row.run(
-            "Finetuning",
+            FINETUNING,
             lambda control: finetune_task(request, control),
             on_report=self._reported,
             on_done=self._done,

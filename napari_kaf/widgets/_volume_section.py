@@ -122,7 +122,8 @@ class VolumeSection(QWidget):
         self.axis = QComboBox()
         self.axis.setAccessibleName("Slices along")
         self.axis.setToolTip(
-            "The axis the volume is cut into slices along; normally that of the largest spacing. "
+            "The axis the volume is cut into slices along, with their number and spacing; normally that of the "
+            "largest spacing. "
             "Labels are cut with it and lose nothing"
         )
         self.axis.activated.connect(self._recut)
@@ -223,6 +224,6 @@ def _axes(source: Source) -> list[str]:
     known = source.format != "array"
     letters = nib.aff2axcodes(source.affine) if known else (None, None, None)
     return [
-        f"{_DIRECTIONS.get(letter, f'array axis {2 - axis}')}: {size[axis]} slices of {spacing[axis]:.3g} mm"
+        f"{_DIRECTIONS.get(letter, f'array axis {2 - axis}')}: {size[axis]} x {spacing[axis]:.3g} mm"
         for axis, letter in enumerate(letters)
     ]

@@ -95,14 +95,14 @@ def test_from_click_to_history(labelled, qtbot, notifications):
     assert len(panel.training.curve.points("total")) == session.runs[0].steps
     assert viewer.layers.selection.active is session.labels
     assert panel.training.form.model.box.count() == 2  # from scratch, and this run
-    panel.result.history.setCurrentRow(0)
+    panel.history.table.selectRow(0)
     session.results.store.rename(session.runs[0], "best")
     session.results.reload()
-    assert "best" in panel.result.history.item(0).text()
+    assert panel.history.table.item(0, 0).text() == "best"
     session.results.reject()
-    panel.result.show_it.click()
+    panel.history.show_it.click()
     assert session.result_labels is not None
-    panel.result.compare.click()
+    panel.history.compare.click()
     assert _layers.layers_with_role(viewer, "comparison")
 
 
