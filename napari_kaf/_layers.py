@@ -40,6 +40,8 @@ __all__ = [
     "Role",
     "add_labels",
     "add_volume",
+    "belongs_to",
+    "bring_forward",
     "class_names",
     "current_slice",
     "go_to",
@@ -87,15 +89,40 @@ def labels_layers(viewer: ViewerModel, image: Image) -> list[Labels]:
         and not layer.multiscale
         and role_of(layer) in (None, "labels")
         and layer.data.shape == array_of(image).shape
+        and belongs_to(viewer, layer, image)
     ]
 
 
 def layers_with_role(viewer: ViewerModel, role: Role, image: Image | None = None) -> list[Any]:
     """Layers the plugin made for a purpose, of one image or of all."""
-    shape = stack(image).shape if image is not None else None
-    return [
-        layer for layer in viewer.layers if role_of(layer) == role and shape in (None, stack(layer).shape)
-    ]
+    layers = [layer for layer in viewer.layers if role_of(layer) == role]
+    if image is None:
+        return layers
+    shape = stack(image).shape
+    return [layer for layer in layers if stack(layer).shape == shape and belongs_to(viewer, layer, image)]
+
+
+def belongs_to(viewer: ViewerModel, layer: Layer, image: Image) -> bool:
+    """Whether a layer was not made for another image that is open: two may have one grid."""
+    owner = layer.metadata.get(KEY, {}).get("image", id(image))
+    return owner == id(image) or owner not in {id(other) for other in image_layers(viewer)}
+
+
+def bring_forward(viewer: ViewerModel, image: Image) -> None:
+    """Show an image with what belongs to it, and hide the others and what belongs to them."""
+    others = [layer for layer in image_layers(viewer) if layer is not image]
+    own = stack(image).shape
+    for layer in viewer.layers:
+        if layer in others or (role_of(layer) and stack(layer).shape != own):
+            layer.visible = False
+        elif role_of(layer):
+            layer.visible = belongs_to(viewer, layer, image)
+    image.visible = True
+    count = own[0]
+    position = float(image.world_to_data(viewer.dims.point)[0]) if image.ndim == 3 else 0.0
+    if not -0.5 <= position < count - 0.5:
+        go_to(viewer, image, count // 2)
+        viewer.reset_view()
 
 
 def current_slice(viewer: ViewerModel, layer: Layer) -> int:
@@ -247,7 +274,7 @@ def _add(viewer: ViewerModel, opened: OpenVolume, data: NDArray[Any], name: str,
         "affine": image.affine,
         "units": image.units,
         "axis_labels": image.axis_labels,
-        "metadata": {KEY: {"volume": opened.volume, "role": role}},
+        "metadata": {KEY: {"volume": opened.volume, "role": role, "image": id(image)}},
     }
     if role == "uncertainty":
         return viewer.add_image(

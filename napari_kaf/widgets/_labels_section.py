@@ -97,6 +97,7 @@ class LabelsSection(QWidget):
             if isinstance(layer, Labels)
             and _layers.role_of(layer) in (None, "labels")
             and layer not in usable
+            and _layers.belongs_to(self.session.viewer, layer, self.session.opened.layer)
         ]
         if not others:
             return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 from qtpy.QtWidgets import (
@@ -22,13 +22,17 @@ from kaf_model.volume import Source, read_volume
 from napari_kaf import _layers
 from napari_kaf.widgets._panel import Life, answering, heading, words
 
+if TYPE_CHECKING:
+    from napari.components import ViewerModel
+    from napari.layers import Image
+
 _DIRECTIONS = {
-    "L": "left to right",
-    "R": "left to right",
-    "A": "front to back",
-    "P": "front to back",
-    "S": "head to foot",
-    "I": "head to foot",
+    "L": "left-right",
+    "R": "left-right",
+    "A": "front-back",
+    "P": "front-back",
+    "S": "head-foot",
+    "I": "head-foot",
 }
 
 
@@ -75,9 +79,7 @@ class VolumeSection(QWidget):
         frames = _layers.num_frames(opened.layer) if opened is not None else 1
         self.frame_row.setVisible(frames > 1)
         if opened is None:
-            self.about.setText(
-                "Open a volume: drag a file into the window, or File > Open Sample > KAF segmentation."
-            )
+            self.about.setText(_nothing_open(self.session.viewer))
             self.notices.setVisible(False)
             return
         z, y, x = opened.volume.shape
@@ -185,7 +187,11 @@ class VolumeSection(QWidget):
 
     @answering
     def _chosen(self, index: int) -> None:
-        self.session.choose_volume(_layers.image_layers(self.session.viewer)[index])
+        self._work_on(_layers.image_layers(self.session.viewer)[index])
+
+    def _work_on(self, layer: Image) -> None:
+        self.session.choose_volume(layer)
+        _layers.bring_forward(self.session.viewer, layer)
 
     @answering
     def _recut(self, index: int) -> None:
@@ -207,7 +213,7 @@ class VolumeSection(QWidget):
         volume = read_volume(source.path, frame=self.frame.value(), fill_nan=0)
         count = self.frame.maximum() + 1
         name = f"{volume.name} frame {self.frame.value()}"
-        self.session.choose_volume(_layers.add_volume(self.session.viewer, volume, name, count))
+        self._work_on(_layers.add_volume(self.session.viewer, volume, name, count))
 
     @answering
     def _restore(self, *_: Any) -> None:
@@ -227,3 +233,15 @@ def _axes(source: Source) -> list[str]:
         f"{_DIRECTIONS.get(letter, f'array axis {2 - axis}')}: {size[axis]} x {spacing[axis]:.3g} mm"
         for axis, letter in enumerate(letters)
     ]
+
+
+def _nothing_open(viewer: ViewerModel) -> str:
+    """What to do while there is no volume, and what is wrong with the images that are there."""
+    from napari.layers import Image
+
+    told = "Open a volume: drag a file into the window, or File > Open Sample > KAF segmentation."
+    unusable = [layer for layer in viewer.layers if isinstance(layer, Image) and not _layers.role_of(layer)]
+    for layer in unusable:
+        what = "colours" if layer.rgb else f"{layer.ndim} axes"
+        told += f"\n{layer.name} has {what}; a volume has 3 axes, or 2, of grey values."
+    return told

@@ -67,10 +67,12 @@ class FinetuneWidget(Panel):
         self.session.poll()
 
     def _follow_the_work(self) -> None:
-        """Scroll to the curve when a finetuning begins, and to the result when it ends."""
-        wanted = self.training.curve if self.training.row.running else self.result
         if self.session.busy in ("", FINETUNING):
-            QTimer.singleShot(_LAID_OUT, wanted, lambda: self.ensureWidgetVisible(wanted))
+            QTimer.singleShot(_LAID_OUT, self._scroll_to_the_work)
+
+    def _scroll_to_the_work(self) -> None:
+        """Show the curve when a finetuning began, and the result when it ended."""
+        self.ensureWidgetVisible(self.training.curve if self.training.row.running else self.result)
 
     def _bind_keys(self) -> None:
         actions: dict[str, Callable[[], None]] = {

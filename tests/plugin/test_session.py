@@ -325,3 +325,29 @@ def test_labels_of_another_height_and_width_are_noticed(session):
     session.poll()
     assert "no longer has the shape" in said[0]
     assert session.labels is None
+
+
+def test_two_volumes_of_one_grid_share_no_labels(session, viewer):
+    paint(session, 1)
+    give_result(session)
+    volume = session.opened.volume
+    second = Volume.from_array(volume.array + 1, volume.spacing, name="second")
+    layer = _layers.add_volume(viewer, second, "second")
+    first, first_labels = session.opened.layer, session.labels
+    session.choose_volume(layer)
+    assert session.labels is None
+    assert not _layers.layers_with_role(viewer, "result", layer)
+    _layers.bring_forward(viewer, layer)
+    assert [shown.name for shown in viewer.layers if shown.visible] == ["second"]
+    session.choose_volume(first)
+    assert session.labels is first_labels
+
+
+def test_choosing_a_volume_shows_a_slice_of_it(session, viewer):
+    volume = Volume.from_array(np.arange(2400, dtype=np.int16).reshape(40, 6, 10), (8, 2, 2), name="long")
+    layer = _layers.add_volume(viewer, volume, "long")
+    _layers.go_to(viewer, layer, 38)
+    _layers.bring_forward(viewer, layer)
+    assert _layers.current_slice(viewer, layer) == 38
+    _layers.bring_forward(viewer, session.opened.layer)  # it has 4 slices
+    assert session.slice == 2
