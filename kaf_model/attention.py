@@ -208,7 +208,7 @@ class AttentionBlock(nn.Module):
         self.width = width
         self.heads = heads
         self.query_key_value = nn.Linear(width, 3 * width)
-        self.merge = nn.Linear(width, width)
+        self.merge: nn.Module = nn.Linear(width, width)
         self.mlp = multilayer_perceptron([2 * width, 2 * width, width])
         for third in self.query_key_value.weight.data.chunk(3):  # as three layers would start
             nn.init.kaiming_uniform_(third, a=5**0.5)

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +33,17 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class ClassLabel:
-    """A class: its value in label maps and its name. The first class of a model is the background, 0."""
+    """A class of a model; the first is the background, 0.
+
+    Attributes:
+        value: In label maps.
+        name: In words.
+        one_piece: Whether the structure was in one piece wherever it was labelled.
+    """
 
     value: int
     name: str
+    one_piece: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Checkpoint:
             "model": self.model.model_dump(mode="json"),
             "slices": self.slices.model_dump(mode="json"),
             "keypoints": self.keypoints.model_dump(mode="json"),
-            "classes": [{"value": c.value, "name": c.name} for c in self.classes],
+            "classes": [asdict(label) for label in self.classes],
             "statistics": dict(self.statistics),
             "history": [dict(record) for record in self.history],
             "versions": dict(self.versions),
@@ -123,8 +130,8 @@ def cpu_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def count_parameters(weights: Mapping[str, Tensor]) -> int:
-    """Trained numbers among weights: all but the running statistics of normalisation."""
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    """Trained numbers among weights: all but running statistics and other memories of what was seen."""
+    buffers = ("running_mean", "running_var", "num_batches_tracked", "memory_bank", "relative_position_index")
     return sum(value.numel() for name, value in weights.items() if not name.endswith(buffers))
 
 
@@ -285,13 +292,15 @@ class LoadReport:
         return f"loaded {len(self.loaded)} tensors; {fresh}"
 
 
-def load_matching(module: nn.Module, weights: Mapping[str, Tensor], *, prefix: str = "") -> LoadReport:
+def load_matching(
+    module: nn.Module, weights: Mapping[str, Tensor], *, prefix: str | tuple[str, ...] = ""
+) -> LoadReport:
     """Copy the weights that fit a module by name and shape; leave the others.
 
     Args:
         module: What to load into.
         weights: Tensors by name.
-        prefix: Only names that start so are taken over.
+        prefix: Only names that start so, or with one of these, are taken over.
 
     Returns:
         What was loaded and what was left at initialisation.

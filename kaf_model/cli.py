@@ -1,4 +1,4 @@
-"""The command line: `kaf demo | pretrain | finetune | segment | evaluate | info | import | settings`.
+"""The command line, `kaf`: demo, pretrain, finetune, segment, evaluate, info, import, settings, benchmark.
 
 Commands only read options, call the engine and print. What computes is imported when a command runs, so
 that `--help` is quick. A user's mistake is one line on standard error and exit code 2; an interrupted
@@ -23,11 +23,13 @@ import typer
 from pydantic import ValidationError
 
 from kaf_model import cli_options as options
+from kaf_model.cli_benchmark import benchmark_app
 from kaf_model.cli_options import duration_text, one_of
 from kaf_model.cli_progress import Interrupted, Output, losses_text
-from kaf_model.cli_settings import choose_settings, settings_yaml, validation_text
+from kaf_model.cli_settings import choose_settings, settings_yaml
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
+from kaf_model.settings_layers import validation_text
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -107,6 +109,9 @@ def _is_non_finite_loss(error: Exception) -> bool:
 
 def _say_how_to_resume(stop: Interrupted, arguments: Sequence[str]) -> None:
     output = Output()
+    if stop.advice:
+        output.line(stop.advice)
+        return
     if stop.path is None or not stop.trained:
         output.line("interrupted; run the same line again to start over")
         return
@@ -155,6 +160,9 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+app.add_typer(benchmark_app, name="benchmark")
 
 
 # --- the main job ------------------------------------------------------------------------------------------
@@ -292,6 +300,15 @@ def finetune(
             help="Pretrained or finetuned checkpoint; its architecture and preprocessing are kept.",
         ),
     ] = None,
+    unlabelled: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--unlabelled",
+            metavar="DIR_OR_FILE",
+            help="Volumes without labels to learn from as well, by what the model is sure of. Repeatable. The "
+            "unlabelled slices of the cases are used without it.",
+        ),
+    ] = None,
     preset: options.Preset = None,
     time_budget: options.TimeBudget = None,
     steps: options.Steps = None,
@@ -334,6 +351,7 @@ def finetune(
     from kaf_model.finetune import finetune as finetune_on
     from kaf_model.keypoints import KeypointCache
     from kaf_model.labels import SliceStatus
+    from kaf_model.volume_queue import VolumeFiles
 
     out = Output()
     fabric = _fabric(device, precision)
@@ -359,6 +377,9 @@ def finetune(
         fill_nan=fill_nan,
     )
     labelled = out.run(reading)
+    others = (
+        VolumeFiles(unlabelled, frame=frame, slice_axis=slice_axis, fill_nan=fill_nan) if unlabelled else ()
+    )
     if named is not None:
         check_named(labelled, named)
     cache = KeypointCache()
@@ -367,6 +388,7 @@ def finetune(
         labelled,
         chosen.recipe.finetune,
         start=origin,
+        unlabelled=others,
         class_names=named if named is not None else class_names(labels),
         slices=chosen.recipe.slices if origin is None else None,
         keypoints=chosen.recipe.keypoints if origin is None else None,
@@ -412,11 +434,13 @@ def segment(
         bool, typer.Option("--overwrite", help="Replace label maps that are already in OUT.")
     ] = False,
     largest_component: Annotated[
-        bool,
+        str | None,
         typer.Option(
-            "--largest-component", metavar="", help="Keep the largest connected piece of each class."
+            "--largest-component",
+            metavar="learned|all|none",
+            help="Keep only the largest piece of classes that were labelled in one piece, of all, or of none.",
         ),
-    ] = False,
+    ] = None,
     config: options.ConfigFile = None,
     assignments: options.SetOptions = None,
     device: options.Device = "auto",
@@ -425,13 +449,8 @@ def segment(
     fill_nan: options.FillNan = None,
 ) -> None:
     """Segment a volume, or every volume of a folder, on its own grid."""
-    switches = {
-        "probabilities": probabilities,
-        "uncertainty": uncertainty,
-        "flips": flips,
-        "largest_component": largest_component,
-    }
-    given = {name: True for name, wanted in switches.items() if wanted}
+    switches = {"probabilities": probabilities, "uncertainty": uncertainty, "flips": flips}
+    given = {"largest_component": largest_component, **{name: on or None for name, on in switches.items()}}
     recipe = choose_settings(None, config, assignments, {"segment": given}).recipe
 
     from kaf_model.checkpoint import load_model

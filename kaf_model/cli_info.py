@@ -97,6 +97,9 @@ def _checkpoint_rows(path: Path, content: Mapping[str, Any]) -> list[tuple[str, 
     if content["classes"]:
         named = ", ".join(f"{label['value']} {label['name']}" for label in content["classes"])
         lines.append(("classes", named))
+        whole = [label["name"] for label in content["classes"] if label.get("one_piece")]
+        if whole:
+            lines.append(("in one piece", f"{', '.join(whole)}; smaller pieces are left out when segmenting"))
     lines += [
         ("preprocessing", _preprocessing(content["slices"])),
         (
@@ -118,7 +121,7 @@ def _checkpoint_rows(path: Path, content: Mapping[str, Any]) -> list[tuple[str, 
 
 def _architecture(model: Mapping[str, Any]) -> str:
     text = f"{model['architecture']}, {model['start_channels']} channels at the start"
-    if model["architecture"] == "kaf-unet":
+    if model["architecture"].startswith("kaf-"):
         levels = ", ".join(map(str, model["kaf_levels"]))
         text += (
             f"; KAF layers at levels {levels} with {model['attention_blocks']} attention blocks, "
@@ -148,6 +151,8 @@ def _history_rows(number: int, record: Mapping[str, Any]) -> list[tuple[str, str
     if labelled:
         more = f" and {len(labelled) - 6} more" if len(labelled) > 6 else ""
         lines.append(("", f"{len(labelled)} labelled slices: {', '.join(labelled[:6])}{more}"))
+    if record.get("unlabelled_slices"):
+        lines.append(("", f"{record['unlabelled_slices']} unlabelled slices for pseudo-labels"))
     if record.get("held_out_dice") is not None:
         lines.append(("", f"Dice on held-out slices {record['held_out_dice']:.3f}"))
     return lines

@@ -49,8 +49,8 @@ Network = Annotated[
     str | None,
     typer.Option(
         "--network",
-        metavar="kaf-unet|unet|unet-c2",
-        help="Architecture; the plain unet ignores keypoints.",
+        metavar="kaf-unet|unet|unet-c2|kaf-fcn|fcn|swin-unetr|swin-unet",
+        help="Architecture; only those named kaf- read keypoints.",
         rich_help_panel=_SETTINGS,
     ),
 ]

@@ -34,12 +34,14 @@ class Interrupted(Exception):
     Attributes:
         trained: Whether it had come to training steps, so that there is something to go on with.
         path: The checkpoint that was being trained, if any.
+        advice: How to go on, where the command itself knows; else empty.
     """
 
     def __init__(self, trained: bool) -> None:
         super().__init__("interrupted")
         self.trained = trained
         self.path: Path | None = None
+        self.advice = ""
 
 
 class Output:

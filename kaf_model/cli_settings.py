@@ -5,22 +5,17 @@ Settings come in layers, a later one over an earlier: preset, `--config` file, `
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
 
 from kaf_model.cli_options import one_of
 from kaf_model.config import PRESETS, PresetName, Recipe, Settings
 from kaf_model.errors import UserError
-
-AnySettings = TypeVar("AnySettings", bound=Settings)
-
-BUDGETS = ("steps", "epochs", "time_budget")
+from kaf_model.settings_layers import layered_recipe, merge_settings
 
 
 @dataclass(frozen=True)
@@ -49,9 +44,6 @@ def choose_settings(
 ) -> ChosenSettings:
     """Lay the settings of a command line over those of a preset.
 
-    A layer that gives a training budget (steps, epochs or time) replaces all budgets of the layers below,
-    so that asking for ten minutes is not cut short by a preset's number of steps.
-
     Args:
         preset: Name of a preset; None is "small".
         config: YAML file with sections of fields.
@@ -72,17 +64,11 @@ def choose_settings(
             for section, fields in (options or {}).items()
         }
     )
-    tree = Recipe.preset(name).model_dump()
+    recipe = layered_recipe(name, layers)
     explicit: dict[str, Any] = {}
     for layer in layers:
-        _check_keys(layer, Recipe)
-        for section, fields in layer.items():
-            given = {field for field in BUDGETS if fields.get(field) is not None}
-            if given:
-                tree[section] |= {field: None for field in BUDGETS if field in tree[section]}
-        _merge(tree, layer)
-        _merge(explicit, layer)
-    return ChosenSettings(validated(Recipe, tree), explicit)
+        merge_settings(explicit, layer)
+    return ChosenSettings(recipe, explicit)
 
 
 def preset_name(name: str | None) -> PresetName:
@@ -93,30 +79,6 @@ def preset_name(name: str | None) -> PresetName:
     """
     chosen = one_of("preset", "small" if name is None else name, PRESETS)
     return next(preset for preset in get_args(PresetName) if preset == chosen)
-
-
-def validated(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
-    """Make settings from values.
-
-    Raises:
-        UserError: In one line, naming the settings that do not fit.
-    """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise UserError(validation_text(error)) from error
-
-
-def validation_text(error: ValidationError) -> str:
-    """Say in one line which settings do not fit and why."""
-    lines = []
-    for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"])
-        reason = item["msg"].removeprefix("Value error, ")
-        value = item["input"]
-        got = f", got {value!r}" if not isinstance(value, Mapping) and "got" not in reason else ""
-        lines.append(f"{where}: {reason}{got}" if where else f"{reason}{got}")
-    return "; ".join(dict.fromkeys(lines))
 
 
 def settings_yaml(recipe: Recipe) -> str:
@@ -178,33 +140,3 @@ def _written_value(written: str, text: str) -> Any:
         return yaml.safe_load(written.replace("(", "[").replace(")", "]"))
     except yaml.YAMLError as error:
         raise UserError(f"--set {text}: the value cannot be read") from error
-
-
-def _check_keys(layer: Any, kind: type[Settings], path: str = "") -> None:
-    """Check that a layer holds only known names, down to its leaves."""
-    if not isinstance(layer, Mapping):
-        raise UserError(f"{path or 'the settings'} holds settings of its own, not the value {layer!r}")
-    for name, value in layer.items():
-        where = f"{path}.{name}" if path else str(name)
-        if name not in kind.model_fields:
-            what = "setting" if path else "section"
-            known = kind.model_fields
-            raise UserError(f"there is no {what} {where}; {_did_you_mean(str(name), known, path)}")
-        inner = kind.model_fields[name].annotation
-        if isinstance(inner, type) and issubclass(inner, Settings):
-            _check_keys(value, inner, where)
-
-
-def _did_you_mean(name: str, known: Iterable[str], path: str) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    listed = ", ".join(f"{path}.{one}" if path else one for one in close or known)
-    return f"nearest: {listed}" if close else f"there are: {listed}"
-
-
-def _merge(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    for name, value in layer.items():
-        if isinstance(value, Mapping) and isinstance(tree.get(name, {}), dict):
-            _merge(tree.setdefault(name, {}), value)
-        else:
-            tree[name] = value

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 PresetName = Literal["small", "base", "paper-acdc", "paper-chd"]
 PRESETS: tuple[PresetName, ...] = ("small", "base", "paper-acdc", "paper-chd")
+Architecture = Literal["kaf-unet", "unet", "unet-c2", "fcn", "kaf-fcn", "swin-unetr", "swin-unet"]
 
 
 class Settings(BaseModel):
@@ -81,9 +82,10 @@ class CorrespondenceConfig(Settings):
 class ModelConfig(Settings):
     """Architecture of the network."""
 
-    architecture: Literal["kaf-unet", "unet", "unet-c2"] = Field(
+    architecture: Architecture = Field(
         "kaf-unet",
-        description="KAF-UNet, the plain UNet, or the UNet with doubled channels (c2) of the paper's Table 7.",
+        description="KAF-UNet, the plain UNet, the UNet with doubled channels (c2) of the paper's Table 7, the FCN "
+        "with and without KAF layers of its Table 9, Swin UNETR or Swin-Unet.",
     )
     num_classes: int = Field(2, ge=2, description="Classes including the background.")
     start_channels: int = Field(16, gt=0, description="Channels of the first encoder block.")
@@ -117,11 +119,22 @@ class ModelConfig(Settings):
     def _heads_divide(self) -> Self:
         if self.embedding_width % self.heads:
             raise ValueError(f"embedding_width {self.embedding_width} must divide by heads {self.heads}")
-        if self.architecture == "kaf-unet" and not self.kaf_levels:
+        if self.reads_keypoints and not self.kaf_levels:
+            plain = self.architecture.removeprefix("kaf-")
             raise ValueError(
-                "a kaf-unet needs at least one of kaf_levels; choose architecture 'unet' for none"
+                f"a {self.architecture} needs at least one of kaf_levels; choose architecture '{plain}' for none"
+            )
+        if self.architecture.startswith("swin") and self.start_channels % 12:
+            raise ValueError(
+                f"start_channels of a {self.architecture} must divide by 12, got {self.start_channels}; "
+                "published: 48 for swin-unetr, 96 for swin-unet"
             )
         return self
+
+    @property
+    def reads_keypoints(self) -> bool:
+        """Whether the network has KAF layers."""
+        return self.architecture.startswith("kaf-")
 
     @classmethod
     def preset(cls, name: PresetName, **overrides: Any) -> ModelConfig:
@@ -269,6 +282,16 @@ class PretrainConfig(TrainingConfig):
     weight_local: float = Field(
         0.01, ge=0, description="w3: weight of L_local, the keypoint matching (Eq. 3)."
     )
+    weight_masked: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the masked-image loss: hidden patches of each view are filled in by a decoder, which "
+        "finetuning then starts from as well. Not in the paper.",
+    )
+    masked_share: float = Field(
+        0.4, gt=0, lt=1, description="Part of the patches of a view that the masked-image loss hides."
+    )
+    masked_patch: int = Field(16, gt=0, description="Side of these patches in pixels.")
     temperature: float = Field(0.1, gt=0, description="Temperature of the contrastive losses (Eq. 1).")
     contrastive_scale: float = Field(
         1.0, gt=0, description="Factor on both contrastive losses; published: temperature / 0.07."
@@ -299,6 +322,28 @@ class PretrainConfig(TrainingConfig):
         return cls.model_validate({**_preset("pretrain", name), **overrides})
 
 
+class PseudoLabelConfig(Settings):
+    """Learning from unlabelled slices by the sure predictions of the averaged model (self-training)."""
+
+    share: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="Part of each batch that is pseudo-labelled; 0 learns from labelled slices alone.",
+    )
+    start: float = Field(
+        0.25, ge=0, le=1, description="Part of the training after which the first slices are pseudo-labelled."
+    )
+    every: float = Field(
+        0.15, gt=0, le=1, description="Part of the training after which pseudo-labels are renewed."
+    )
+    slices: int = Field(200, gt=0, description="Slices that are pseudo-labelled at a time, at least.")
+    volumes: int = Field(100, gt=0, description="At most this many volumes without labels are used.")
+    confidence: float = Field(
+        0.9, ge=0, le=1, description="Pixels of lower probability are left out, as if nobody had painted."
+    )
+
+
 class FinetuneConfig(TrainingConfig):
     """Supervised training on a few labelled slices."""
 
@@ -318,6 +363,9 @@ class FinetuneConfig(TrainingConfig):
         lt=1,
         description="Decay of the running average of the weights that is kept; 0 keeps the last.",
     )
+    pseudo_labels: PseudoLabelConfig = Field(
+        default_factory=PseudoLabelConfig, description="Learning from unlabelled slices."
+    )
     holdout: float = Field(
         0.0, ge=0, lt=1, description="Part of the labelled slices held out to measure Dice while training."
     )
@@ -334,8 +382,10 @@ class SegmentConfig(Settings):
 
     batch_size: int = Field(8, gt=0, description="Slices a forward pass.")
     flips: bool = Field(False, description="Average over mirrored copies of each slice (4 times the work).")
-    largest_component: bool = Field(
-        False, description="Keep only the largest connected component of each class."
+    largest_component: Literal["learned", "all", "none"] = Field(
+        "learned",
+        description="Keep only the largest connected piece of the classes that were in one piece wherever they "
+        "were labelled, of all classes, or of none.",
     )
     probabilities: bool = Field(False, description="Also return the probability of each class.")
     uncertainty: bool = Field(False, description="Also return the entropy of the class probabilities, 0..1.")
@@ -392,6 +442,7 @@ _PUBLISHED_FINETUNE = {
     "gradient_clip": None,
     "loss": "cross-entropy",
     "averaging": 0.0,
+    "pseudo_labels": {"share": 0.0},
 }
 
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {

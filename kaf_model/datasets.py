@@ -6,7 +6,7 @@ is needed to go on after a break, and each of several processes makes its share 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from kaf_model.config import AugmentConfig, CorrespondenceConfig
 from kaf_model.correspondences import UNMATCHED, find_correspondences
 from kaf_model.engine import generator_for
 from kaf_model.intensity import IntensityChange
-from kaf_model.losses import IGNORED
+from kaf_model.losses import IGNORED, hide_patches
 from kaf_model.preparation import LabelledSlice, PreparedVolume
 
 
@@ -46,11 +46,13 @@ class PretrainingBatch(NamedTuple):
         views: 2 P slices.
         slice_position: (2 P,), a pair shares the position of its first slice.
         matches0: (P, N) index into the partner for each keypoint of the first view, or UNMATCHED.
+        hidden: (2 P, H, W) bool, pixels that the masked-image loss hides; None where there is no such loss.
     """
 
     views: Views
     slice_position: Tensor
     matches0: Tensor
+    hidden: Tensor | None = None
 
 
 class LabelledBatch(NamedTuple):
@@ -130,6 +132,18 @@ class Shard:
         return rows if len(rows) else torch.tensor([number % size])
 
 
+def items_of_step(step: int, batch_size: int, num_items: int, seed: int) -> Iterator[tuple[int, int]]:
+    """What a step sees when every epoch shows every item once, in an order of its own.
+
+    Yields:
+        How many items came before since the first step, and the item's index.
+    """
+    for number in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(number, num_items)
+        order = torch.randperm(num_items, generator=generator_for(seed, epoch, 1))
+        yield number, int(order[place])
+
+
 def augment_views(
     images: Tensor,
     keypoints: Tensor,
@@ -165,6 +179,7 @@ class PretrainingPairs:
         correspondences: Which keypoints of a pair count as the same.
         batch_size: Pairs in the joint batch of all processes.
         seed: Of sampling and augmentation.
+        hide: Side in pixels of the patches to hide of each view, and their share; None hides nothing.
     """
 
     def __init__(
@@ -176,6 +191,7 @@ class PretrainingPairs:
         correspondences: CorrespondenceConfig,
         batch_size: int,
         seed: int,
+        hide: tuple[int, float] | None = None,
     ) -> None:
         self.volumes = volumes
         self.augment = augment
@@ -183,6 +199,7 @@ class PretrainingPairs:
         self.correspondences = correspondences
         self.batch_size = batch_size
         self.seed = seed
+        self.hide = hide
         self.index = [(v, z) for v, volume in enumerate(volumes) for z in range(len(volume))]
         self._matches: dict[tuple[int, int, int], NDArray[np.int64]] = {}
 
@@ -192,10 +209,8 @@ class PretrainingPairs:
     def pairs(self, step: int) -> list[tuple[int, int, int]]:
         """The joint batch of a step as (volume, slice, partner slice)."""
         chosen = []
-        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(number, len(self.index))
-            order = torch.randperm(len(self.index), generator=generator_for(self.seed, epoch, 1))
-            v, z = self.index[int(order[place])]
+        for number, item in items_of_step(step, self.batch_size, len(self.index), self.seed):
+            v, z = self.index[item]
             near = self.neighbours(v, z)
             pick = torch.randint(len(near), (1,), generator=generator_for(self.seed, number, 2))
             chosen.append((v, z, near[int(pick)]))
@@ -244,6 +259,12 @@ class PretrainingPairs:
             transform=transform,
             intensity=intensity,
         )
+        hidden = None
+        if self.hide is not None:
+            patch, share = self.hide
+            size, generator = transform.output_size, generator_for(self.seed, step, 8)
+            hidden = hide_patches(len(slots), size, patch=patch, share=share, generator=generator)
+            hidden = hidden[both].to(device)
         matches0 = torch.full((len(rows), keypoints.shape[1]), UNMATCHED)
         for row, pair in enumerate(rows.tolist()):
             found = self.matches0(*pairs[pair])
@@ -251,7 +272,22 @@ class PretrainingPairs:
         position = torch.tensor(
             [float(self.volumes[pairs[r][0]].positions[pairs[r][1]]) for r in rows.tolist()]
         )
-        return _compact_pairs(views, matches0.to(device), position.repeat(2).to(device))
+        compacted = _compact_pairs(views, matches0.to(device), position.repeat(2).to(device))
+        return compacted._replace(hidden=hidden)
+
+
+def concatenate(batches: Sequence[LabelledBatch]) -> LabelledBatch:
+    """Join labelled batches of one image size."""
+    longest = max(batch.views.valid.shape[1] for batch in batches)
+    keypoints, valid = [], []
+    for batch in batches:
+        missing = longest - batch.views.valid.shape[1]
+        keypoints.append(functional.pad(batch.views.keypoints, (0, 0, 0, missing)))
+        valid.append(functional.pad(batch.views.valid, (0, missing)))
+    images = torch.cat([batch.views.images for batch in batches])
+    return LabelledBatch(
+        Views(images, torch.cat(keypoints), torch.cat(valid)), torch.cat([batch.labels for batch in batches])
+    )
 
 
 def _compact_pairs(views: Views, matches0: Tensor, position: Tensor) -> PretrainingBatch:
@@ -302,11 +338,7 @@ class LabelledSlices:
 
     def batch(self, step: int, device: torch.device, shard: Shard | None = None) -> LabelledBatch:
         """The augmented slices of a step."""
-        chosen = []
-        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(number, len(self))
-            order = torch.randperm(len(self), generator=generator_for(self.seed, epoch, 1))
-            chosen.append(int(order[place]))
+        chosen = [item for _, item in items_of_step(step, self.batch_size, len(self), self.seed)]
         rows = (shard or Shard()).rows(len(chosen))
         sizes = torch.tensor([self.slices[s].image.shape for s in chosen])
         transform = SpatialTransform.sample(

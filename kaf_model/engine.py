@@ -213,11 +213,15 @@ class Trainer:
                     buffer.copy_(before)  # the forward pass has spoilt the running statistics
                 raise
             self.state.step += 1
-            self.state.seconds += self._shared(time.monotonic() - started)
+            self.spend(time.monotonic() - started)
             if self.config.time_budget is not None and self.fabric.world_size > 1:
                 self.state.seconds = self.fabric.broadcast(self.state.seconds)  # all stop at the same step
             self.state.curve.append({"step": self.state.step, **self.state.losses})
             yield self.progress(stage, message)
+
+    def spend(self, seconds: float) -> None:
+        """Count work between steps towards the time budget."""
+        self.state.seconds += self._shared(seconds)
 
     def progress(self, stage: str, message: str = "") -> Progress:
         """Where the training is."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import time
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
+from kaf_model.anatomy import values_in_one_piece
+from kaf_model.averaging import WeightAverage
 from kaf_model.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -24,17 +25,20 @@ from kaf_model.checkpoint import (
     save_checkpoint,
 )
 from kaf_model.config import FinetuneConfig, KeypointConfig, ModelConfig, SliceConfig
-from kaf_model.datasets import LabelledBatch, LabelledSlices, Shard
+from kaf_model.datasets import LabelledBatch, LabelledSlices, Shard, concatenate
 from kaf_model.engine import Trainer, channels_last, generator_for, make_fabric, release_memory
 from kaf_model.errors import UserError
+from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache
 from kaf_model.labels import ClassMap, LabelledVolume, check_learnable, painted_values
-from kaf_model.losses import IGNORED, cross_entropy, soft_dice
+from kaf_model.losses import cross_entropy, soft_dice
 from kaf_model.preparation import LabelledSlice, prepare_labelled, statistics_of
 from kaf_model.progress import Progress
-from kaf_model.segment import predict_slices
+from kaf_model.pseudo_labels import PseudoLabels, UnlabelledVolume, prepare_unlabelled
 from kaf_model.training_files import RunFiles
 from kaf_model.unet import SegmentationNetwork, build_network
+from kaf_model.volume import Unreadable, Volume
+from kaf_model.volume_queue import VolumeFiles
 
 
 class FinetuningNetwork(nn.Module):
@@ -78,6 +82,7 @@ def finetune(
     training: FinetuneConfig | None = None,
     *,
     start: str | Path | Checkpoint | None = None,
+    unlabelled: Collection[Volume | Unreadable | str | Path] | VolumeFiles = (),
     class_names: Mapping[int, str] | None = None,
     slices: SliceConfig | None = None,
     keypoints: KeypointConfig | None = None,
@@ -87,7 +92,7 @@ def finetune(
     fabric: Fabric | None = None,
     cache: KeypointCache | None = None,
 ) -> Generator[Progress, None, FinetuneResult]:
-    """Train on labelled slices.
+    """Train on labelled slices, and on others with the labels that the model itself is sure of.
 
     Can be closed at any yield: with `output`, once a step is done, a usable checkpoint and what is needed to
     resume are then written.
@@ -97,7 +102,10 @@ def finetune(
         cases: Volumes with labels on some of their slices.
         training: Loss, budgets and optimiser.
         start: A pretrained or finetuned checkpoint; None starts from random weights. A pretrained one
-            gives its encoder, a finetuned one with the same classes everything. Its preprocessing is kept.
+            gives its encoder and what it has of a decoder, a finetuned one with the same classes everything.
+            Its preprocessing is kept.
+        unlabelled: Volumes without labels, for `training.pseudo_labels`; those that cannot be read are named
+            and passed over. The unlabelled slices of `cases` are used as well.
         class_names: Names by label value, of all classes there are. None takes those of a finetuned start if
             it knows every painted value, else the painted values.
         slices: Preprocessing; only without a start.
@@ -130,28 +138,37 @@ def finetune(
     prepared, labelled = yield from prepare_labelled(cases, classes, slices, keypoints, cache=cache)
     names = [f"{c.volume.name}:{z}:{status}" for c in cases for z, status in sorted(c.statuses.items())]
     check_learnable([item.labels for item in labelled], classes)
-    learnt, held_out = _split(labelled, training)
+    held = _held_out(len(labelled), training)
+    learnt = [item for index, item in enumerate(labelled) if index not in held]
+    held_out = [labelled[index] for index in sorted(held)]
     check_learnable([item.labels for item in learnt], classes)
+    pool: list[UnlabelledVolume] = []
+    if training.pseudo_labels.share:
+        pool = yield from prepare_unlabelled(
+            _without(cases, held),
+            unlabelled,
+            classes,
+            slices,
+            keypoints,
+            training.pseudo_labels,
+            cache=cache,
+        )
+    one_piece = values_in_one_piece(cases)
+    pseudo = PseudoLabels(pool, classes, training.pseudo_labels, one_piece=one_piece, seed=training.seed)
 
     torch.manual_seed(training.seed)
     network = build_network(config)
     report = _load_start(network, origin, classes) if origin else None
     module = FinetuningNetwork(network, training)
-    data = LabelledSlices(
-        learnt,
-        augment=training.augment,
-        foreground=training.foreground,
-        batch_size=training.batch_size,
-        seed=training.seed,
-    )
+    data = _TrainingSlices(learnt, pseudo, training)
     trainer = Trainer(
         module,
         training,
         fabric=fabric,
         groups=_parameter_groups(network, report, training),
-        slices_per_epoch=len(data),
+        slices_per_epoch=len(learnt),
     )
-    average = _Average(network, training.averaging, held_out, classes)
+    average = WeightAverage(network, training.averaging, held_out, classes)
     fingerprint = {
         "training": training.model_dump(mode="json", exclude={"checkpoint_every"}),
         "model": config.model_dump(mode="json"),
@@ -159,16 +176,21 @@ def finetune(
         "keypoints": keypoints.model_dump(mode="json"),
         "classes": [label.value for label in classes.classes],
         "labelled": names,
+        "unlabelled": [volume.prepared.name for volume in pool],
         "start": origin.history[-1].get("date") if origin and origin.history else None,
     }
     if resume:
-        average.load(trainer.restore(files.resume, fingerprint))
+        saved = trainer.restore(files.resume, fingerprint)
+        average.load(saved)
+        pseudo.load(saved)
 
     def model_now() -> Model:
-        history = (*(origin.history if origin else ()), _record(training, trainer, names, average.best_dice))
-        return Model(
-            average.best(), config, slices, keypoints, classes.classes, statistics_of(prepared), history
+        record = _record(
+            training, trainer, names, average.best_dice, sum(len(volume.free) for volume in pool)
         )
+        labels = tuple(replace(label, one_piece=label.value in one_piece) for label in classes.classes)
+        history = (*(origin.history if origin else ()), record)
+        return Model(average.best(), config, slices, keypoints, labels, statistics_of(prepared), history)
 
     def batches(step: int, parts: int) -> list[LabelledBatch]:
         shards = [Shard(fabric.global_rank, fabric.world_size, part, parts) for part in range(parts)]
@@ -177,11 +199,20 @@ def finetune(
     def save_all() -> None:
         if files.output and fabric.is_global_zero:
             save_checkpoint(files.output, model_now().checkpoint())
-            trainer.save(files.resume, fingerprint, average.state())
+            trainer.save(files.resume, fingerprint, {**average.state(), **pseudo.state()})
+
+    def pseudo_labelled() -> Generator[Progress, None, None]:
+        if pseudo.is_due(trainer.fraction):
+            began = time.monotonic()
+            for done, total in pseudo.renew(InferenceNetwork(average.network()), fabric.device):
+                trainer.spend(time.monotonic() - began)
+                yield Progress("labelling other slices", done, total)
+                began = time.monotonic()
 
     def steps() -> Generator[Progress, None, None]:
         if report is not None:
             yield Progress("finetuning", trainer.state.step, trainer.max_steps, message=f"start: {report}")
+        yield from pseudo_labelled()  # a training that was closed meanwhile goes on with that
         for progress in trainer.run(batches, stage="finetuning"):
             average.update()
             if held_out and (progress.step % training.holdout_every == 0 or trainer.finished):
@@ -189,6 +220,7 @@ def finetune(
                 trainer.state.curve[-1]["held-out dice"] = dice
                 progress = replace(progress, losses={**progress.losses, "held-out dice": dice})
             yield replace(progress, preview=lambda: _copied(model_now()))
+            yield from pseudo_labelled()
 
     yield from files.keep_saved(trainer, steps(), save_all)
     model = model_now()
@@ -199,83 +231,37 @@ def finetune(
     return FinetuneResult(model, files.output, report, trainer.state.curve)
 
 
-class _Average:
-    """The weights a training hands over: their running average, and the best on held-out slices."""
+class _TrainingSlices:
+    """Draws the slices of each step: labelled ones, and a share of pseudo-labelled ones once there are some."""
 
     def __init__(
-        self, network: SegmentationNetwork, decay: float, held_out: Sequence[LabelledSlice], classes: ClassMap
+        self, labelled: Sequence[LabelledSlice], pseudo: PseudoLabels, training: FinetuneConfig
     ) -> None:
-        self._network = network
-        self._held_out = held_out
-        self._classes = classes
-        self.best_dice: float | None = None
-        self._best: dict[str, Tensor] | None = None
+        self._training = training
+        self._pseudo = pseudo
+        self._num_pseudo = round(training.pseudo_labels.share * training.batch_size)
+        self._alone = self._drawing(labelled, training.batch_size, 0)
+        self._beside = self._drawing(labelled, training.batch_size - self._num_pseudo, 0)
+        self._round: tuple[int, LabelledSlices] | None = None
 
-        def blend(average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-            if not average.is_floating_point():
-                return current
-            share = min(decay, (1 + int(count)) / (10 + int(count)))  # a short training forgets its start too
-            return average.lerp(current, 1 - share)
+    def batch(self, step: int, device: torch.device, shard: Shard) -> LabelledBatch:
+        """The augmented slices of a step."""
+        pseudo = self._pseudo
+        if not pseudo.slices or not self._num_pseudo:
+            return self._alone.batch(step, device, shard)
+        if self._round is None or self._round[0] != pseudo.round:
+            self._round = pseudo.round, self._drawing(pseudo.slices, self._num_pseudo, 1000 + pseudo.round)
+        return concatenate([drawing.batch(step, device, shard) for drawing in (self._beside, self._round[1])])
 
-        self._model = AveragedModel(network, avg_fn=blend, use_buffers=True)
-
-    def update(self) -> None:
-        self._model.update_parameters(self._network)
-
-    def network(self) -> SegmentationNetwork:
-        average = self._model.module
-        assert isinstance(average, SegmentationNetwork)
-        return average.eval()
-
-    def best(self) -> SegmentationNetwork:
-        """The best weights on held-out slices if there are any, else the average."""
-        if self._best is None:
-            return self.network()
-        network = build_network(self._network.config).to(next(self._network.parameters()).device)
-        network.load_state_dict(self._best)
-        channels_last(network)
-        return network.eval()
-
-    def measure(self, device: torch.device) -> float:
-        """Mean Dice of the foreground classes over the held-out slices; keeps the weights if it is the best."""
-        overlap, size = np.zeros(len(self._classes)), np.zeros(len(self._classes))
-        network = self.network()
-        for item in self._held_out:
-            probabilities = predict_slices(
-                network, item.image[None].astype(np.float32), [item.keypoints], device
-            )
-            predicted = probabilities[0].argmax(0).cpu().numpy()
-            known = item.labels != IGNORED
-            for channel in range(1, len(self._classes)):
-                ours, theirs = (predicted == channel) & known, item.labels == channel
-                overlap[channel] += 2 * np.count_nonzero(ours & theirs)
-                size[channel] += np.count_nonzero(ours) + np.count_nonzero(theirs)
-        there = size > 0
-        dice = float((overlap[there] / size[there]).mean()) if there.any() else 1.0
-        if self.best_dice is None or dice >= self.best_dice:
-            self.best_dice = dice
-            self._best = {name: value.clone() for name, value in network.state_dict().items()}
-        return dice
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that `load` takes back."""
-        tensors = {f"average.{name}": value for name, value in self._model.state_dict().items()}
-        if self._best is not None:
-            tensors |= {f"best.{name}": value for name, value in self._best.items()}
-            tensors["best_dice"] = torch.tensor(self.best_dice, dtype=torch.float64)
-        return tensors
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        device = next(self._network.parameters()).device
-        parts: dict[str, dict[str, Tensor]] = {"average": {}, "best": {}}
-        for name, value in tensors.items():
-            part, _, key = name.partition(".")
-            if key:
-                parts[part][key] = value.to(device)
-        self._model.load_state_dict(parts["average"])
-        if parts["best"]:
-            self._best = parts["best"]
-            self.best_dice = float(tensors["best_dice"])
+    def _drawing(self, slices: Sequence[LabelledSlice], batch_size: int, purpose: int) -> LabelledSlices:
+        training = self._training
+        return LabelledSlices(
+            slices,
+            augment=training.augment,
+            foreground=training.foreground,
+            batch_size=max(batch_size, 1),
+            seed=training.seed + purpose,
+        )
 
 
 def _settings(
@@ -308,7 +294,7 @@ def _load_start(network: SegmentationNetwork, origin: Checkpoint, classes: Class
     weights = origin.weights
     if origin.kind == "segmentation" and not same_classes:
         weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
-    prefix = "encoder." if origin.kind == "pretrained" else ""
+    prefix = ("encoder.", "decoder.") if origin.kind == "pretrained" else ""  # its heads stay behind
     return load_matching(network, weights, prefix=prefix)
 
 
@@ -322,20 +308,26 @@ def _parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _split(
-    labelled: Sequence[LabelledSlice], training: FinetuneConfig
-) -> tuple[list[LabelledSlice], list[LabelledSlice]]:
+def _held_out(count: int, training: FinetuneConfig) -> set[int]:
+    """Which of the labelled slices are held out."""
     if not training.holdout:
-        return list(labelled), []
-    if len(labelled) < 2:
-        raise UserError("holding out slices needs at least 2 labelled slices, got 1; set holdout to 0")
-    count = min(max(1, round(training.holdout * len(labelled))), len(labelled) - 1)
-    order = torch.randperm(len(labelled), generator=generator_for(training.seed, 6)).tolist()
-    held = set(order[:count])
-    return (
-        [item for index, item in enumerate(labelled) if index not in held],
-        [item for index, item in enumerate(labelled) if index in held],
-    )
+        return set()
+    if count < 2:
+        raise UserError(f"holding out slices needs at least 2 labelled slices, got {count}; set holdout to 0")
+    num_held = min(max(1, round(training.holdout * count)), count - 1)
+    order: list[int] = torch.randperm(count, generator=generator_for(training.seed, 6)).tolist()
+    return set(order[:num_held])
+
+
+def _without(cases: Sequence[LabelledVolume], held: set[int]) -> list[LabelledVolume]:
+    """The cases as if nobody had labelled the held-out slices, counted through all cases in order."""
+    number = iter(range(sum(len(case.statuses) for case in cases)))
+    return [
+        replace(
+            case, statuses={z: case.statuses[z] for z in sorted(case.statuses) if next(number) not in held}
+        )
+        for case in cases
+    ]
 
 
 def _copied(model: Model) -> Model:
@@ -346,7 +338,11 @@ def _copied(model: Model) -> Model:
 
 
 def _record(
-    config: FinetuneConfig, trainer: Trainer, labelled: Sequence[str], held_out_dice: float | None
+    config: FinetuneConfig,
+    trainer: Trainer,
+    labelled: Sequence[str],
+    held_out_dice: float | None,
+    num_unlabelled: int,
 ) -> dict[str, Any]:
     return {
         "stage": "finetuning",
@@ -358,5 +354,6 @@ def _record(
         "losses": {name: round(value, 5) for name, value in trainer.state.losses.items()},
         "held_out_dice": held_out_dice,
         "labelled_slices": list(labelled),
+        "unlabelled_slices": num_unlabelled,
         "settings": config.model_dump(mode="json"),
     }

@@ -30,6 +30,13 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return summed
 
 
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Mean of a tensor over all processes, gradients included; the tensor itself when there is one."""
+    if not is_distributed():
+        return value
+    return sum_over_ranks(value) / torch.distributed.get_world_size()
+
+
 def gather_over_ranks(value: Tensor) -> Tensor:
     """Concatenate a tensor's rows over all processes in rank order, gradients included.
 

@@ -122,7 +122,7 @@ def prepare_volumes(
                 yield Progress("preparing", number + 1, total, message=f"passed over {passed_over[-1]}")
                 continue
             slices_done = prepare_slices(volume, slices, detector, store=store, cache=cache)
-            prepared.append((yield from _reported(slices_done, number, total)))
+            prepared.append((yield from reported(slices_done, number, total)))
         yield Progress("preparing", number + 1, total)
     if not prepared:
         reasons = "; ".join(passed_over[:3]) or "there was none"
@@ -130,7 +130,7 @@ def prepare_volumes(
     return prepared
 
 
-def _reported(
+def reported(
     slices_done: Generator[int, None, PreparedVolume], number: int, total: int | None
 ) -> Generator[Progress, None, PreparedVolume]:
     """Report once for each batch of slices of volume `number` of `total`."""
@@ -167,7 +167,7 @@ def prepare_labelled(
         if not indices:
             continue
         slices_done = prepare_slices(case.volume, config, detector, store=store, cache=cache, indices=indices)
-        volume = yield from _reported(slices_done, number, len(cases))
+        volume = yield from reported(slices_done, number, len(cases))
         values = Slices(case.volume, config).labels(case.labels, indices)
         for row, z in enumerate(indices):
             where = f"slice {z} of {case.volume.name}"

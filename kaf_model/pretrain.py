@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,41 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from kaf_model.checkpoint import Checkpoint, cpu_weights, now, save_checkpoint, software_versions
 from kaf_model.config import KeypointConfig, ModelConfig, PretrainConfig, SliceConfig
-from kaf_model.datasets import PretrainingBatch, PretrainingPairs, Shard
-from kaf_model.engine import NonFiniteLoss, OutOfMemory, Trainer, make_fabric, release_memory
+from kaf_model.datasets import PretrainingBatch, PretrainingPairs
+from kaf_model.engine import NonFiniteLoss, OutOfMemory
 from kaf_model.errors import UserError
 from kaf_model.heads import BottleneckHead, KeypointHead, KeypointProjection
 from kaf_model.keypoints import KeypointCache
-from kaf_model.losses import matching_loss, positional_contrastive_loss
+from kaf_model.losses import masked_image_loss, matching_loss, positional_contrastive_loss
 from kaf_model.matching import Matcher
 from kaf_model.normalization import gather_over_ranks
-from kaf_model.preparation import prepare_volumes, statistics_of
+from kaf_model.preparation import PreparedVolume
+from kaf_model.pretext import PretrainResult, train_pretext
 from kaf_model.progress import Progress
-from kaf_model.training_files import RunFiles
-from kaf_model.unet import Encoder
+from kaf_model.unet import build_encoder, build_network
 from kaf_model.volume import Unreadable, Volume
 
 
 class PretrainingNetwork(nn.Module):
     """The encoder with the heads that the weighted losses need.
 
-    Maps a batch of pairs to {"total", "pcl", "global", "local"} of Eq. 1-3; losses of weight zero, and for
-    a network without KAF layers those on keypoints, have no head and are not computed.
+    Maps a batch of pairs to {"total", "pcl", "global", "local"} of Eq. 1-3 and {"masked"}; losses of weight
+    zero, and for a network without KAF layers those on keypoints, have no head and are not computed.
     """
 
     def __init__(self, model: ModelConfig, config: PretrainConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(model)
+        self.encoder = build_encoder(model)
+        if config.weight_masked:
+            network = build_network(model)
+            if not isinstance(network.head, nn.Conv2d):
+                raise UserError(
+                    f"weight_masked needs a decoder, and a {model.architecture} has none; set it to 0"
+                )
+            self.encoder, self.decoder = network.encoder, network.decoder
+            self.masked_head = nn.Conv2d(network.head.in_channels, 1, 1)
         num_kaf = len(self.encoder.kaf_layers)
         if config.weight_pcl:
             self.bottleneck_head = BottleneckHead(
@@ -46,7 +52,7 @@ class PretrainingNetwork(nn.Module):
             )
         self.has_global = bool(config.weight_global and num_kaf)
         self.has_local = bool(config.weight_local and num_kaf)
-        if not (config.weight_pcl or self.has_global or self.has_local):
+        if not (config.weight_pcl or self.has_global or self.has_local or config.weight_masked):
             raise UserError(
                 "pretraining has nothing to learn: all loss weights that apply to this network are 0"
             )
@@ -67,7 +73,10 @@ class PretrainingNetwork(nn.Module):
     def forward(self, batch: PretrainingBatch) -> dict[str, Tensor]:
         """Losses of one batch; both views of all pairs go through the encoder at once."""
         views, config = batch.views, self.config
-        encoded = self.encoder(views.images, views.keypoints, views.valid)
+        images = views.images
+        if batch.hidden is not None:
+            images = images.masked_fill(batch.hidden[:, None], 0.0)  # the mean of a z-scored volume
+        encoded = self.encoder(images, views.keypoints, views.valid)
         losses: dict[str, Tensor] = {}
         total = encoded.bottleneck.new_zeros((), dtype=torch.float32)
         if config.weight_pcl:
@@ -87,6 +96,10 @@ class PretrainingNetwork(nn.Module):
                 unmatched_weight=config.unmatched_weight,
             )
             total = total + config.weight_local * losses["local"]
+        if batch.hidden is not None:
+            filled_in = self.masked_head(self.decoder(encoded))
+            losses["masked"] = masked_image_loss(filled_in, views.images, batch.hidden)
+            total = total + config.weight_masked * losses["masked"]
         return {"total": total, **losses}
 
     def _contrast(self, embeddings: Tensor, batch: PretrainingBatch) -> Tensor:
@@ -98,19 +111,28 @@ class PretrainingNetwork(nn.Module):
         )
 
 
-@dataclass(frozen=True)
-class PretrainResult:
-    """What a pretraining returns.
+class KeypointAugmented:
+    """The paper's pretext: pairs of neighbouring slices, and the losses that `PretrainConfig` weights."""
 
-    Attributes:
-        checkpoint: The encoder and its heads.
-        path: Where it was written, if anywhere.
-        curve: Losses of each step.
-    """
+    def settings(self) -> Mapping[str, Any]:
+        """Nothing: all of it is in `PretrainConfig`."""
+        return {}
 
-    checkpoint: Checkpoint
-    path: Path | None
-    curve: list[dict[str, float]]
+    def batches(self, volumes: Sequence[PreparedVolume], training: PretrainConfig) -> PretrainingPairs:
+        """Pairs of neighbouring slices."""
+        return PretrainingPairs(
+            volumes,
+            augment=training.augment,
+            neighbour_range=training.neighbour_range,
+            correspondences=training.correspondences,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            hide=(training.masked_patch, training.masked_share) if training.weight_masked else None,
+        )
+
+    def network(self, model: ModelConfig, training: PretrainConfig, num_slices: int) -> PretrainingNetwork:
+        """The encoder with the heads that the weighted losses need."""
+        return PretrainingNetwork(model, training)
 
 
 def pretrain(
@@ -153,87 +175,28 @@ def pretrain(
         UserError: If nothing can be trained on, or a resumed training does not fit.
         NonFiniteLoss: If a loss becomes NaN; the last good weights are written first.
     """
-    training = training or PretrainConfig()
-    slices, keypoints = slices or SliceConfig(), keypoints or KeypointConfig()
-    files = RunFiles(output)
-    files.check(resume)
-    fabric = fabric or make_fabric(device)
-    if training.batch_size % fabric.world_size:
-        raise UserError(
-            f"batch_size {training.batch_size} must divide by the {fabric.world_size} processes that share it"
-        )
-    prepared = yield from prepare_volumes(volumes, slices, keypoints, cache=cache)
-    pairs = PretrainingPairs(
-        prepared,
-        augment=training.augment,
-        neighbour_range=training.neighbour_range,
-        correspondences=training.correspondences,
-        batch_size=training.batch_size,
-        seed=training.seed,
-    )
-    torch.manual_seed(training.seed)
-    network = PretrainingNetwork(config, training)
-    trainer = Trainer(
-        network,
-        training,
-        fabric=fabric,
-        groups=[{"params": list(network.parameters()), "rate": 1.0}],
-        slices_per_epoch=len(pairs),
-    )
-    fingerprint = {
-        "training": training.model_dump(mode="json", exclude={"checkpoint_every"}),
-        "model": config.model_dump(mode="json"),
-        "slices": slices.model_dump(mode="json"),
-        "keypoints": keypoints.model_dump(mode="json"),
-        "volumes": [volume.name for volume in prepared],
-    }
-    if resume:
-        trainer.restore(files.resume, fingerprint)
-
-    def batches(step: int, parts: int) -> list[PretrainingBatch]:
-        shards = [Shard(fabric.global_rank, fabric.world_size, part, parts) for part in range(parts)]
-        return [pairs.batch(step, fabric.device, shard) for shard in shards]
-
-    def checkpoint() -> Checkpoint:
-        record = _record(training, trainer, statistics_of(prepared))
-        return Checkpoint(
-            "pretrained",
-            cpu_weights(network),
+    return (
+        yield from train_pretext(
+            KeypointAugmented(),
             config,
-            slices,
-            keypoints,
-            (),
-            statistics_of(prepared),
-            (record,),
-            software_versions(),
+            volumes,
+            training or PretrainConfig(),
+            slices=slices,
+            keypoints=keypoints,
+            output=output,
+            resume=resume,
+            device=device,
+            fabric=fabric,
+            cache=cache,
         )
-
-    def save_all() -> None:
-        if files.output and fabric.is_global_zero:
-            save_checkpoint(files.output, checkpoint())
-            trainer.save(files.resume, fingerprint)
-
-    yield from files.keep_saved(trainer, trainer.run(batches, stage="pretraining"), save_all)
-    if files.output and fabric.is_global_zero:
-        save_checkpoint(files.output, checkpoint())
-        files.resume.unlink(missing_ok=True)
-    release_memory()
-    return PretrainResult(checkpoint(), files.output, trainer.state.curve)
+    )
 
 
-def _record(config: PretrainConfig, trainer: Trainer, statistics: Mapping[str, object]) -> dict[str, Any]:
-    return {
-        "stage": "pretraining",
-        "date": now(),
-        "steps": trainer.state.step,
-        "complete": trainer.finished,
-        "seconds": round(trainer.state.seconds, 1),
-        "device": str(trainer.fabric.device),
-        "losses": {name: round(value, 5) for name, value in trainer.state.losses.items()},
-        "num_volumes": statistics["num_volumes"],
-        "num_slices": statistics["num_slices"],
-        "settings": config.model_dump(mode="json"),
-    }
-
-
-__all__ = ["NonFiniteLoss", "OutOfMemory", "PretrainResult", "PretrainingNetwork", "pretrain"]
+__all__ = [
+    "KeypointAugmented",
+    "NonFiniteLoss",
+    "OutOfMemory",
+    "PretrainResult",
+    "PretrainingNetwork",
+    "pretrain",
+]

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 
+from kaf_model.anatomy import keep_largest_components
 from kaf_model.checkpoint import Model
 from kaf_model.config import SegmentConfig
 from kaf_model.datasets import pad_keypoints
-from kaf_model.engine import OutOfMemory, autocast, is_out_of_memory, release_memory
+from kaf_model.engine import OutOfMemory, is_out_of_memory, release_memory
+from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache, iter_detect, make_detector
 from kaf_model.progress import Progress
 from kaf_model.slices import Slices, crop_to, pad_to_multiple
@@ -44,7 +45,7 @@ class Segmentation:
 
 
 def predict_slices(
-    network: SegmentationNetwork,
+    network: SegmentationNetwork | InferenceNetwork,
     images: NDArray[np.float32],
     keypoints: Sequence[NDArray[np.float32]],
     device: torch.device,
@@ -54,7 +55,7 @@ def predict_slices(
     """Class probabilities of normalised slices of one size.
 
     Args:
-        network: In evaluation mode, on `device`.
+        network: On `device`. One that is not folded is folded here, at every call.
         images: (n, H, W) any size; padded here to what the network needs.
         keypoints: Positions (N_i, 2) of each slice.
         device: Where the network is.
@@ -63,19 +64,21 @@ def predict_slices(
     Returns:
         (n, K, H, W) float32 on `device`.
     """
+    if isinstance(network, SegmentationNetwork):
+        network = InferenceNetwork(network)
     height, width = images.shape[1:]
     padded = pad_to_multiple(torch.from_numpy(images)[:, None].to(device), 16)
     padded = padded.contiguous(memory_format=torch.channels_last)
     positions, valid = (tensor.to(device) for tensor in pad_keypoints(keypoints))
     size = torch.tensor(padded.shape[2:], device=device)
     total: Tensor | None = None
-    with torch.inference_mode(), autocast(device):
+    with torch.inference_mode():
         for axes in _FLIPS if flips else _FLIPS[:1]:
             mirrored = positions.clone()
             for axis in axes:
                 mirrored[..., axis - 2] = size[axis - 2] - 1 - mirrored[..., axis - 2]
             logits = network(padded.flip(axes) if axes else padded, mirrored, valid)
-            probabilities = (logits.flip(axes) if axes else logits).float().softmax(1)
+            probabilities = (logits.flip(axes) if axes else logits).softmax(1)
             total = probabilities if total is None else total + probabilities
     assert total is not None
     return crop_to(total / (len(_FLIPS) if flips else 1), (height, width))
@@ -95,7 +98,7 @@ def segment(
         model: A trained model.
         volume: The volume.
         config: What to return and how.
-        slices: Segment only these; the others stay background.
+        slices: Segment only these, without cleaning; the others stay background.
         cache: Keypoints found before.
 
     Yields:
@@ -126,8 +129,9 @@ def segment(
             uncertainty[rows] = entropy.clamp(0, 1).half().cpu().numpy()
         done += len(rows)
         yield Progress("segmenting", done, len(wanted))
-    if config.largest_component:
-        keep_largest_components(labels)
+    if slices is None and config.largest_component != "none":
+        learned = [label.value for label in model.classes if label.one_piece]
+        keep_largest_components(labels, learned if config.largest_component == "learned" else None)
     release_memory()
     return Segmentation(labels, probabilities, uncertainty)
 
@@ -137,7 +141,8 @@ def _predictions(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Probabilities (n, K, Y, X) on the source grid, batch after batch."""
     detector = make_detector(model.keypoints)
-    reads_keypoints = model.config.architecture == "kaf-unet"
+    reads_keypoints = model.config.reads_keypoints
+    network = InferenceNetwork(model.network)
     batch_size, start = config.batch_size, 0
     while start < len(wanted):
         rows = list(wanted[start : start + batch_size])
@@ -145,7 +150,7 @@ def _predictions(
         found = list(iter_detect(images, detector, cache=cache)) if reads_keypoints else []
         positions = [keypoints.positions for keypoints in found] or [np.zeros((0, 2), np.float32)] * len(rows)
         try:
-            maps = predict_slices(model.network, images, positions, model.device, flips=config.flips)
+            maps = predict_slices(network, images, positions, model.device, flips=config.flips)
             maps = stack.to_source(maps)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -174,19 +179,6 @@ def segment_volume(model: Model, volume: Volume, config: SegmentConfig | None = 
         except StopIteration as done:
             result: Segmentation = done.value
             return result.labels
-
-
-def keep_largest_components(labels: NDArray[np.integer]) -> None:
-    """Keep, in place, only the largest connected component (26 neighbours) of each class in (Z, Y, X)."""
-    structure = np.ones((3, 3, 3))
-    for value in np.unique(labels):
-        if value == 0:
-            continue
-        components, count = ndimage.label(labels == value, structure)
-        if count > 1:
-            sizes = np.bincount(components.ravel())
-            sizes[0] = 0
-            labels[(components > 0) & (components != sizes.argmax())] = 0
 
 
 class _MapStore:

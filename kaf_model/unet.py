@@ -2,7 +2,8 @@
 
 Four encoder blocks, a centre, four decoder blocks. In the KAF-UNet a KAF layer follows the chosen
 encoder blocks and doubles the channels of their maps, for the next block and for the decoder alike.
-The c2 network is as wide, but each map is concatenated with itself instead.
+The c2 network is as wide, but each map is concatenated with itself instead. The FCN (`fcn`) and the Swin
+networks (`swin`) are built from the same parts: an encoder, a decoder and a head.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from kaf_model.attention import PackedKeypoints
 from kaf_model.config import ModelConfig
+from kaf_model.fcn import FcnHead
 from kaf_model.fusion import KafLayer
 from kaf_model.normalization import BatchNorm
 
@@ -48,14 +50,27 @@ def _convolution_block(channels_in: int, channels: int) -> nn.Sequential:
     )
 
 
-class Encoder(nn.Module):
+class FeatureEncoder(nn.Module):
+    """What every encoder offers to decoders and to the heads of the pretraining.
+
+    Maps slices (B, 1, H, W), their keypoints (B, N, 2) and which of these are valid (B, N) to `EncoderOutput`.
+    """
+
+    widths: list[int]
+    """Channels of each level's map, with what is concatenated to it."""
+    bottleneck_width: int
+    """Channels of the bottleneck."""
+    kaf_layers: nn.ModuleDict
+    """The KAF layers by level, 1 the finest; empty where keypoints are not read."""
+
+
+class Encoder(FeatureEncoder):
     """Four convolution blocks, each perhaps followed by a KAF layer, and the centre."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        levels = config.kaf_levels if config.architecture == "kaf-unet" else ()
-        self.widths: list[int] = []
-        """Channels of each level's map, with what is concatenated to it."""
+        levels = config.kaf_levels if config.reads_keypoints else ()
+        self.widths = []
         self.duplicate = config.architecture == "unet-c2"
         self.blocks = nn.ModuleList()
         self.kaf_layers = nn.ModuleDict()
@@ -80,7 +95,7 @@ class Encoder(nn.Module):
             self.widths.append(channels_in)
             self.decoder_widths.append(channels_in if config.decoder == "wide" else channels)
         self.bottleneck_width = 2 * self.decoder_widths[-1]
-        self.pool = nn.MaxPool2d(2)
+        self.pool: nn.Module = nn.MaxPool2d(2)
         self.centre = nn.Sequential(
             nn.Conv2d(channels_in, self.bottleneck_width, 3, padding=1),
             nn.ReLU(inplace=True),
@@ -101,7 +116,7 @@ class Encoder(nn.Module):
         Raises:
             ValueError: If shapes do not fit together.
         """
-        packed = _packed(images, keypoints, valid)
+        packed = pack_inputs(images, keypoints, valid)
         maps: list[Tensor] = []
         keypoint_features: list[Tensor] = []
         features = images
@@ -139,28 +154,47 @@ class Decoder(nn.Module):
 
 
 class SegmentationNetwork(nn.Module):
-    """Encoder, decoder and the 1x1 convolution that gives each pixel its class logits."""
+    """Encoder, decoder and the head that gives each pixel its class logits: a 1x1 convolution but in the FCN."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(self.encoder)
-        self.head = nn.Conv2d(self.encoder.decoder_widths[0], config.num_classes, 1, bias=False)
+        self.encoder = build_encoder(config)
+        self.decoder: nn.Module
+        self.head: nn.Module
+        if isinstance(self.encoder, Encoder) and config.architecture.endswith("fcn"):
+            self.decoder, self.head = nn.Identity(), FcnHead(self.encoder, config.num_classes)
+            return
+        if isinstance(self.encoder, Encoder):
+            self.decoder, width = Decoder(self.encoder), self.encoder.decoder_widths[0]
+        else:
+            from kaf_model import swin
+
+            self.decoder, width = swin.build_decoder(config), config.start_channels
+        self.head = nn.Conv2d(width, config.num_classes, 1, bias=False)
 
     def forward(self, images: Tensor, keypoints: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         """Segment slices.
 
         Args:
             images: (B, 1, H, W), H and W divisible by 16.
-            keypoints: (B, N, 2) float (y, x) pixels; None is no keypoints. Plain UNets do not read them.
+            keypoints: (B, N, 2) float (y, x) pixels; None is no keypoints. Without KAF layers they are not read.
             valid: (B, N) bool, which keypoints are real; None is all.
 
         Returns:
             Logits (B, K, H, W).
         """
         logits: Tensor = self.head(self.decoder(self.encoder(images, keypoints, valid)))
-        return logits
+        return logits[..., : images.shape[2], : images.shape[3]]  # Swin encoders pad what they read
+
+
+def build_encoder(config: ModelConfig) -> FeatureEncoder:
+    """Build the encoder of a network, with random weights."""
+    if config.architecture.startswith("swin"):
+        from kaf_model.swin import SwinEncoder  # MONAI is slow to import
+
+        return SwinEncoder(config)
+    return Encoder(config)
 
 
 def build_network(config: ModelConfig) -> SegmentationNetwork:
@@ -168,7 +202,8 @@ def build_network(config: ModelConfig) -> SegmentationNetwork:
     return SegmentationNetwork(config)
 
 
-def _packed(images: Tensor, keypoints: Tensor | None, valid: Tensor | None) -> PackedKeypoints:
+def pack_inputs(images: Tensor, keypoints: Tensor | None, valid: Tensor | None) -> PackedKeypoints:
+    """Check the shapes of what goes into a network, and pack its keypoints; see `Encoder.forward`."""
     if images.dim() != 4 or images.shape[1] != 1 or images.shape[2] % 16 or images.shape[3] % 16:
         raise ValueError(
             f"images must be (B, 1, H, W) with H and W divisible by 16, got {tuple(images.shape)}"

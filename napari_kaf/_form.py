@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel
-from qtpy.QtWidgets import QCheckBox, QSpinBox
+from qtpy.QtWidgets import QCheckBox, QComboBox, QSpinBox
 
 
 def tip(settings: type[BaseModel], name: str) -> str:
@@ -17,6 +19,22 @@ def check_box(settings: type[BaseModel], name: str, text: str) -> QCheckBox:
     box = QCheckBox(text)
     box.setToolTip(tip(settings, name))
     box.setChecked(bool(settings.model_fields[name].default))
+    return box
+
+
+def choice_box(settings: type[BaseModel], name: str, words: Mapping[str, str]) -> QComboBox:
+    """A box for a setting with a few named values.
+
+    Args:
+        settings: The settings.
+        name: The field.
+        words: What each of its values is called; the value is the item's data.
+    """
+    box = QComboBox()
+    box.setToolTip(tip(settings, name))
+    for value, text in words.items():
+        box.addItem(text, value)
+    box.setCurrentIndex(box.findData(settings.model_fields[name].default))
     return box
 
 

@@ -23,12 +23,12 @@ class Cell(StrEnum):
 
 
 MEANING = {
-    Cell.UNTOUCHED: "nothing was said of it; not trained on",
-    Cell.PARTIAL: "only what is painted is known; unpainted pixels are left out of the training",
+    Cell.UNTOUCHED: "nothing was said of it; paint on it is not used, and the model guesses it while training",
+    Cell.PARTIAL: "only what is painted is known; the model guesses the other pixels while training",
     Cell.COMPLETE: "everything is painted; unpainted pixels count as background",
     Cell.EMPTY: "looked at and nothing is there; all of it counts as background",
-    Cell.PREDICTED: "untouched, and the shown result has something to accept or reject; not trained on",
-    Cell.ACCEPTED: "a result you took into your labels; trained on only once you mark it complete",
+    Cell.PREDICTED: "untouched, and the shown result has something to accept or reject; used like untouched",
+    Cell.ACCEPTED: "a result you took into your labels; counts as labelled only once you mark it complete",
 }
 _TRAINED_ON = (Cell.PARTIAL, Cell.COMPLETE, Cell.EMPTY)
 

@@ -25,7 +25,7 @@ from kaf_model.config import SegmentConfig
 from kaf_model.errors import UserError
 from napari_kaf import _layers
 from napari_kaf._classes import entries_of
-from napari_kaf._form import check_box
+from napari_kaf._form import check_box, choice_box
 from napari_kaf._segment_task import OpenSource, SegmentOutcome, SegmentRequest, VolumeSegmented, segment_task
 from napari_kaf._settings import settings
 from napari_kaf.widgets._job_row import JobRow
@@ -40,6 +40,11 @@ _OPEN, _FOLDER = range(2)
 _COLUMNS = ("volume", "class", "ml", "Dice", "HD95 mm", "reference ml")
 _BESIDE = "the labels beside each volume"
 _NONE = "none"
+_PIECES = {
+    "learned": "Pieces: one where the labels had one",
+    "all": "Pieces: the largest of every class",
+    "none": "Pieces: all of them",
+}
 
 
 class SegmentWidget(Panel):
@@ -64,9 +69,10 @@ class SegmentWidget(Panel):
         self.column.addWidget(self._make_open())
         self.column.addWidget(self._make_folder())
         self.uncertainty = check_box(SegmentConfig, "uncertainty", "uncertainty map")
-        self.largest = check_box(SegmentConfig, "largest_component", "largest component of each class only")
+        self.pieces = choice_box(SegmentConfig, "largest_component", _PIECES)
+        self.pieces.setAccessibleName("Pieces of a class that are kept")
         self.flips = check_box(SegmentConfig, "flips", "average over mirrored slices")
-        for box in (self.uncertainty, self.largest, self.flips):
+        for box in (self.pieces, self.uncertainty, self.flips):
             self.column.addWidget(box)
         self.row = JobRow(self.life, "Segment", self.start)
         self.row.button.setToolTip("Segment every chosen volume; Cancel keeps those that are done")
@@ -117,7 +123,7 @@ class SegmentWidget(Panel):
             raise UserError("there is no trained model yet; finetune one, or open a checkpoint")
         config = SegmentConfig(
             uncertainty=self.uncertainty.isChecked(),
-            largest_component=self.largest.isChecked(),
+            largest_component=self.pieces.currentData(),
             flips=self.flips.isChecked(),
         )
         if self.source.currentIndex() == _OPEN:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kaf_model import (
+    averaging,
     engine,
 )
 from kaf_model import (
@@ -24,6 +25,7 @@ from kaf_model import (
 from kaf_model import (
     segment as segment_module,
 )
+from kaf_model.anatomy import keep_largest_components
 from kaf_model.checkpoint import CheckpointError, ClassLabel, load_checkpoint, load_model
 from kaf_model.config import (
     AugmentConfig,
@@ -31,6 +33,7 @@ from kaf_model.config import (
     KeypointConfig,
     ModelConfig,
     PretrainConfig,
+    PseudoLabelConfig,
     SegmentConfig,
     SliceConfig,
 )
@@ -49,7 +52,7 @@ from kaf_model.losses import IGNORED
 from kaf_model.phantom import make_heart
 from kaf_model.preparation import LabelledSlice
 from kaf_model.pretrain import pretrain
-from kaf_model.segment import keep_largest_components, predict_slices, segment, segment_volume
+from kaf_model.segment import predict_slices, segment, segment_volume
 from kaf_model.slices import Slices
 from kaf_model.training_files import resume_path
 from kaf_model.unet import build_network
@@ -70,7 +73,8 @@ SLICES = SliceConfig(spacing=None)
 PRETRAIN = PretrainConfig(
     steps=5, batch_size=3, augment=AUGMENT, projection_width=16, sinkhorn_iterations=10, matching_rounds=1
 )
-FINETUNE = FinetuneConfig(steps=5, batch_size=3, augment=AUGMENT)
+PSEUDO = PseudoLabelConfig(share=0.0, start=0.2, every=0.4, slices=3, confidence=0.0)
+FINETUNE = FinetuneConfig(steps=5, batch_size=3, augment=AUGMENT, pseudo_labels=PSEUDO)
 
 
 def heart(seed, num_slices=4):
@@ -229,12 +233,14 @@ def test_a_resumed_pretraining_is_the_uninterrupted_one(tmp_path, optimizer):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_a_resumed_finetuning_is_the_uninterrupted_one(tmp_path, optimizer):
-    training = FINETUNE.override(optimizer=optimizer, holdout=0.4, holdout_every=2)
-    cases = [labelled(0), labelled(1)]
-    _, whole = run_finetune(training, cases=cases)
+    training = FINETUNE.override(
+        optimizer=optimizer, holdout=0.4, holdout_every=2, pseudo_labels=PSEUDO.override(share=0.5)
+    )
+    options = {"cases": [labelled(0), labelled(1)], "unlabelled": [heart(2)[0]]}
+    _, whole = run_finetune(training, **options)
     output = tmp_path / "m.safetensors"
-    run_finetune(training, cases=cases, steps=3, output=output)
-    _, resumed = run_finetune(training, cases=cases, output=output, resume=True)
+    run_finetune(training, steps=3, output=output, **options)
+    _, resumed = run_finetune(training, output=output, resume=True, **options)
     assert resumed.curve == whole.curve
     assert equal(resumed.model.network.state_dict(), whole.model.network.state_dict())
 
@@ -461,12 +467,15 @@ def test_unpainted_pixels_of_partial_slices_have_no_influence():
         assert gradient.movedim(1, -1)[targets > 0].any()
 
 
-def test_unmarked_slices_have_no_influence():
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_labels_on_unmarked_slices_have_no_influence(share):
+    """Unmarked slices may be pseudo-labelled, from their image alone."""
     volume, labels = heart(0)
     other = labels.copy()
     other[[0, 3]] = 0
+    training = FINETUNE.override(pseudo_labels=PSEUDO.override(share=share))
     first, second = (
-        run_finetune(cases=[LabelledVolume(volume, these, {1: COMPLETE, 2: PARTIAL})])[1]
+        run_finetune(training, cases=[LabelledVolume(volume, these, {1: COMPLETE, 2: PARTIAL})])[1]
         for these in (labels, other)
     )
     assert first.curve == second.curve
@@ -579,7 +588,7 @@ def test_the_weights_that_were_best_on_held_out_slices_are_kept(monkeypatch):
     item = LabelledSlice(np.zeros((48, 64), np.float16), np.zeros((0, 2), np.float32), labels)
     classes = ClassMap((ClassLabel(0, "background"), ClassLabel(1, "one"), ClassLabel(2, "not there")))
     network = build_network(SMALL.override(num_classes=3))
-    average = finetune_module._Average(network, 0.0, [item], classes)
+    average = averaging.WeightAverage(network, 0.0, [item], classes)
     columns = 0
 
     def predict(*args):
@@ -589,7 +598,7 @@ def test_the_weights_that_were_best_on_held_out_slices_are_kept(monkeypatch):
         maps[0, 1, 20:] = 1  # where nothing is known, nothing is wrong
         return maps
 
-    monkeypatch.setattr(finetune_module, "predict_slices", predict)
+    monkeypatch.setattr(averaging, "predict_slices", predict)
     for step, columns in enumerate([2, 8, 4, 8, 1]):
         network.head.weight.data.fill_(step)
         average.update()
@@ -723,24 +732,11 @@ def test_segmentation_makes_smaller_batches_when_memory_runs_out(model, monkeypa
         segment_volume(model, volume)
 
 
-def test_the_largest_component_of_each_class_is_kept():
-    labels = np.zeros((3, 4, 8), np.uint8)
-    labels[0, 0, :3] = 5
-    labels[1, 1, 3] = 5  # touches by a corner: one component
-    labels[2, 3, 7] = 5
-    labels[0, 3, 0] = 9
-    keep_largest_components(labels)
-    expected = np.zeros_like(labels)
-    expected[0, 0, :3] = expected[1, 1, 3] = 5
-    expected[0, 3, 0] = 9
-    assert np.array_equal(labels, expected)
-
-
 def test_cleaning_is_an_option(model):
     volume = heart(7)[0]
     plain = segment_volume(model, volume)
     keep_largest_components(plain)
-    assert np.array_equal(segment_volume(model, volume, SegmentConfig(largest_component=True)), plain)
+    assert np.array_equal(segment_volume(model, volume, SegmentConfig(largest_component="all")), plain)
 
 
 def test_slices_are_normalised_as_in_training(model):

@@ -1,0 +1,109 @@
+"""The weights a finetuning hands over: their running average, or the best average on held-out slices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from kaf_model.engine import channels_last
+from kaf_model.labels import ClassMap
+from kaf_model.losses import IGNORED
+from kaf_model.preparation import LabelledSlice
+from kaf_model.segment import predict_slices
+from kaf_model.unet import SegmentationNetwork, build_network
+
+
+class WeightAverage:
+    """Keeps the running average of a network's weights, and the best average on held-out slices.
+
+    Attributes:
+        best_dice: The highest Dice on the held-out slices so far; None before it was measured.
+
+    Args:
+        network: The network in training.
+        decay: Of the running average; 0 keeps the last weights.
+        held_out: Slices to measure on.
+        classes: Channels of their labels.
+    """
+
+    def __init__(
+        self, network: SegmentationNetwork, decay: float, held_out: Sequence[LabelledSlice], classes: ClassMap
+    ) -> None:
+        self._network = network
+        self._held_out = held_out
+        self._classes = classes
+        self.best_dice: float | None = None
+        self._best: dict[str, Tensor] | None = None
+
+        def blend(average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+            if not average.is_floating_point():
+                return current
+            share = min(decay, (1 + int(count)) / (10 + int(count)))  # a short training forgets its start too
+            return average.lerp(current, 1 - share)
+
+        self._model = AveragedModel(network, avg_fn=blend, use_buffers=True)
+
+    def update(self) -> None:
+        """Take the weights after a step into the average."""
+        self._model.update_parameters(self._network)
+
+    def network(self) -> SegmentationNetwork:
+        """The averaged network, in evaluation mode."""
+        average = self._model.module
+        assert isinstance(average, SegmentationNetwork)
+        return average.eval()
+
+    def best(self) -> SegmentationNetwork:
+        """The best weights on held-out slices if there are any, else the average."""
+        if self._best is None:
+            return self.network()
+        network = build_network(self._network.config).to(next(self._network.parameters()).device)
+        network.load_state_dict(self._best)
+        channels_last(network)
+        return network.eval()
+
+    def measure(self, device: torch.device) -> float:
+        """Mean Dice of the foreground classes over the held-out slices; keeps the weights if it is the best."""
+        overlap, size = np.zeros(len(self._classes)), np.zeros(len(self._classes))
+        network = self.network()
+        for item in self._held_out:
+            probabilities = predict_slices(
+                network, item.image[None].astype(np.float32), [item.keypoints], device
+            )
+            predicted = probabilities[0].argmax(0).cpu().numpy()
+            known = item.labels != IGNORED
+            for channel in range(1, len(self._classes)):
+                ours, theirs = (predicted == channel) & known, item.labels == channel
+                overlap[channel] += 2 * np.count_nonzero(ours & theirs)
+                size[channel] += np.count_nonzero(ours) + np.count_nonzero(theirs)
+        there = size > 0
+        dice = float((overlap[there] / size[there]).mean()) if there.any() else 1.0
+        if self.best_dice is None or dice >= self.best_dice:
+            self.best_dice = dice
+            self._best = {name: value.clone() for name, value in network.state_dict().items()}
+        return dice
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that `load` takes back."""
+        tensors = {f"average.{name}": value for name, value in self._model.state_dict().items()}
+        if self._best is not None:
+            tensors |= {f"best.{name}": value for name, value in self._best.items()}
+            tensors["best_dice"] = torch.tensor(self.best_dice, dtype=torch.float64)
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go back to what `state` gave; other tensors are passed over."""
+        device = next(self._network.parameters()).device
+        parts: dict[str, dict[str, Tensor]] = {"average": {}, "best": {}}
+        for name, value in tensors.items():
+            part, _, key = name.partition(".")
+            if part in parts:
+                parts[part][key] = value.to(device)
+        self._model.load_state_dict(parts["average"])
+        if parts["best"]:
+            self._best = parts["best"]
+            self.best_dice = float(tensors["best_dice"])

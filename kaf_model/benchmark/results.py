@@ -1,0 +1,164 @@
+"""What the folders of a benchmark hold, gathered into the cells of its table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from kaf_model.benchmark.plan import Plan
+from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult
+from kaf_model.benchmark.runs import Column, columns
+from kaf_model.benchmark.statistics import (
+    Comparison,
+    Pair,
+    Spread,
+    class_dice,
+    compare_paired,
+    dice_by_volume,
+    trial_dice,
+)
+from kaf_model.errors import UserError
+from kaf_model.settings_layers import validated
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has its result."""
+
+    row: str
+    column: Column
+    fold: int
+    draw: int
+    seed: int
+    scores: tuple[CaseScore, ...]
+    result: RunResult
+
+    def dice(self) -> dict[Pair, float]:
+        """Mean Dice of each volume, by what pairs it with those of other rows."""
+        return {
+            (case, self.fold, self.draw, self.seed): dice
+            for case, dice in dice_by_volume(self.scores).items()
+        }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method with so much labelled.
+
+    Attributes:
+        row: Method.
+        column: How much is labelled.
+        dice: Over the repetitions.
+        classes: Mean Dice by class name.
+        comparison: The reference row against this one; None for the reference itself.
+        runs: The repetitions.
+    """
+
+    row: str
+    column: Column
+    dice: Spread
+    classes: dict[str, float]
+    comparison: Comparison | None
+    runs: tuple[FinishedRun, ...]
+
+    def mean(self, field: str) -> float:
+        """Mean over the runs of a number of `RunResult`."""
+        return Spread.of(float(getattr(run.result, field)) for run in self.runs).mean
+
+
+@dataclass(frozen=True)
+class Results:
+    """A benchmark's table.
+
+    Attributes:
+        plan: What was to be done.
+        cells: By row and column; those without any finished run are missing.
+    """
+
+    plan: Plan
+    cells: dict[tuple[str, Column], Cell]
+
+    @property
+    def rows(self) -> list[str]:
+        """Rows that have a cell, in the order of the plan."""
+        return [row.name for row in self.plan.rows if any(name == row.name for name, _ in self.cells)]
+
+    @property
+    def columns(self) -> list[Column]:
+        """Columns that have a cell, in the order of the plan."""
+        return [column for column in columns(self.plan) if any(other == column for _, other in self.cells)]
+
+    def incomplete(self) -> list[Cell]:
+        """Cells with fewer repetitions than another of their column."""
+        most = {
+            column: max(len(cell.runs) for (_, other), cell in self.cells.items() if other == column)
+            for column in self.columns
+        }
+        return [cell for cell in self.cells.values() if len(cell.runs) < most[cell.column]]
+
+
+def read_results(output: Path, reference: str | None = None) -> Results:
+    """Gather the finished runs of a benchmark.
+
+    Args:
+        output: Its folder.
+        reference: Row that the others are tested against; None takes the plan's.
+
+    Raises:
+        UserError: If there is no benchmark, no such row, or nothing is finished.
+    """
+    path = output / "plan.yaml"
+    if not path.is_file():
+        raise UserError(f"{output} holds no benchmark: there is no plan.yaml; run kaf benchmark run first")
+    plan = validated(Plan, yaml.safe_load(path.read_text(encoding="utf-8")))
+    rows = [row.name for row in plan.rows]
+    if reference is not None and reference not in rows:
+        raise UserError(f"there is no row {reference!r}; the rows are: {', '.join(rows)}")
+    runs = [run for run in _finished(output) if run.row in rows and run.column in columns(plan)]
+    if not runs:
+        raise UserError(f"no run in {output} is finished yet")
+    chosen = plan.reference_row if reference is None else reference
+    cells = {
+        (row, column): _cell(plan, row, column, runs, chosen)
+        for row in rows
+        for column in columns(plan)
+        if any((run.row, run.column) == (row, column) for run in runs)
+    }
+    return Results(plan.override(reference=chosen), cells)
+
+
+def _cell(plan: Plan, row: str, column: Column, runs: Sequence[FinishedRun], reference: str) -> Cell:
+    own = [run for run in runs if (run.row, run.column) == (row, column)]
+    against = [run for run in runs if (run.row, run.column) == (reference, column)]
+    scores = [score for run in own for score in run.scores]
+    comparison = None
+    if row != reference:
+        comparison = compare_paired(_paired(against), _paired(own))
+    dice = Spread.of(trial_dice(run.scores, plan.protocol.kind) for run in own)
+    return Cell(row, column, dice, class_dice(scores), comparison, tuple(own))
+
+
+def _paired(runs: Sequence[FinishedRun]) -> dict[Pair, float]:
+    return {pair: dice for run in runs for pair, dice in run.dice().items()}
+
+
+def _finished(output: Path) -> list[FinishedRun]:
+    found = []
+    for path in sorted((output / "runs").glob("*/*/*/result.json")):
+        folder = RunFolder(path.parent)
+        config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+        found.append(
+            FinishedRun(
+                config["row"],
+                Column(**config["column"]),
+                config["fold"],
+                config["draw"],
+                config["seed"],
+                tuple(folder.read_scores()),
+                folder.read_result(),
+            )
+        )
+    return found

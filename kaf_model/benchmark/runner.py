@@ -1,0 +1,273 @@
+"""Doing the runs of a plan, one after the other, each in a folder of its own.
+
+A killed or interrupted benchmark goes on where it stopped: finished runs stay, a half-finished training
+resumes from its last saved step, pretrainings are shared by all runs that may share them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning_fabric import Fabric
+
+from kaf_model.benchmark.cohort import Case, Cohort, read_case
+from kaf_model.benchmark.costs import costs_of
+from kaf_model.benchmark.plan import Plan
+from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult, write_atomically
+from kaf_model.benchmark.runs import Pretraining, Run, all_runs, read_cohort
+from kaf_model.benchmark.scoring import pooled_dice, score_cases
+from kaf_model.benchmark.selection import best_step, keeping_best, read_measurements, steps_between
+from kaf_model.benchmark.splits import slices_to_label
+from kaf_model.benchmark.starts import STARTS
+from kaf_model.benchmark.statistics import volume_dice
+from kaf_model.checkpoint import Model, load_header, load_model, now
+from kaf_model.engine import NonFiniteLoss, make_fabric
+from kaf_model.errors import UserError
+from kaf_model.finetune import finetune
+from kaf_model.keypoints import KeypointCache
+from kaf_model.labels import LabelledVolume
+from kaf_model.progress import Progress
+from kaf_model.volume_queue import VolumeFiles
+
+_COST_SHAPE = (256, 256)  # of the slice whose operations are counted where trainings do not crop
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What came of a benchmark.
+
+    Attributes:
+        finished: Runs that have a result now.
+        skipped: Those of them that had one before.
+        failed: Runs that could not be done, and why.
+    """
+
+    finished: int
+    skipped: int
+    failed: tuple[tuple[str, str], ...]
+
+
+def plan_runs(plan: Plan, data: Path, only: Collection[str] = ()) -> tuple[Cohort, list[Run]]:
+    """Find a plan's data and its runs.
+
+    Args:
+        plan: The plan.
+        data: Folder of the data set.
+        only: Names of rows; none is all.
+
+    Raises:
+        UserError: If the data, the plan or the names do not fit.
+    """
+    unknown = sorted(set(only) - {row.name for row in plan.rows})
+    if unknown:
+        names = ", ".join(row.name for row in plan.rows)
+        raise UserError(f"there is no row {unknown[0]!r}; the rows are: {names}")
+    cohort = read_cohort(plan, data)
+    runs = all_runs(plan, cohort)
+    return cohort, [run for run in runs if not only or run.row in only]
+
+
+def run_benchmark(
+    plan: Plan,
+    data: Path,
+    output: Path,
+    *,
+    only: Collection[str] = (),
+    device: str = "auto",
+    fabric: Fabric | None = None,
+    cache: KeypointCache | None = None,
+) -> Generator[Progress, None, BenchmarkResult]:
+    """Do the runs of a plan that have no result yet.
+
+    Can be closed at any yield; called again it goes on.
+
+    Args:
+        plan: What to do.
+        data: Folder of the data set.
+        output: Folder to write to.
+        only: Names of rows; none is all.
+        device: "auto", "cpu", "cuda" or "mps".
+        fabric: Use this set-up instead of one made for `device`.
+        cache: Keypoints found before.
+
+    Yields:
+        Progress of every stage, and "runs" after each run.
+
+    Raises:
+        UserError: If plan and data do not fit, or the folder holds runs with other settings.
+    """
+    cohort, runs = plan_runs(plan, data, only)
+    folders = {run.folder: RunFolder(output / run.folder) for run in runs}
+    for run in runs:
+        folders[run.folder].check(run.config())
+    fabric = fabric or make_fabric(device)
+    if fabric.world_size > 1:
+        raise UserError("a benchmark trains in one process; start it without torchrun")
+    _write_plan(plan, output)
+    work = _Workplace(plan, cohort, output, fabric, cache or KeypointCache())
+    waiting = [run for run in runs if not folders[run.folder].finished]
+    skipped = len(runs) - len(waiting)
+    note = f"{skipped} of {len(runs)} runs were finished before" if skipped else ""
+    yield Progress("runs", skipped, len(runs), message=note)
+    failed: list[tuple[str, str]] = []
+    started = time.monotonic()
+    for number, run in enumerate(waiting, start=1):
+        try:
+            message = yield from work.do(run)
+        except (UserError, NonFiniteLoss) as error:
+            failed.append((str(run), str(error)))
+            message = f"{run}: failed: {error}"
+        left = (time.monotonic() - started) / number * (len(waiting) - number)
+        yield Progress("runs", skipped + number, len(runs), eta=left, message=message)
+    return BenchmarkResult(len(runs) - len(failed), skipped, tuple(failed))
+
+
+class _Workplace:
+    """What all runs of a benchmark share."""
+
+    def __init__(
+        self, plan: Plan, cohort: Cohort, output: Path, fabric: Fabric, cache: KeypointCache
+    ) -> None:
+        self._plan = plan
+        self._cohort = cohort
+        self._output = output
+        self._fabric = fabric
+        self._cache = cache
+        self._failed_pretrainings: dict[Path, str] = {}
+
+    def do(self, run: Run) -> Generator[Progress, None, str]:
+        """Pretrain if need be, finetune, score and write the result; returns a line about it."""
+        folder = RunFolder(self._output / run.folder)
+        folder.claim(run.config())
+        start = None if run.pretraining is None else (yield from self._pretrained(run.pretraining))
+        labelled = [self._labelled(case, run) for case in run.train]
+        if not folder.trained:
+            yield from self._train(run, folder, labelled, start)
+        model = load_model(self._counting(folder), device=self._fabric.device)
+        scores = yield from self._score(run, model)
+        folder.write_scores(scores)
+        result = self._result(run, folder, model, labelled, start)
+        folder.write_result(result)
+        kind = "pooled Dice" if self._plan.protocol.kind == "paper" else "Dice"
+        dice = pooled_dice(scores) if self._plan.protocol.kind == "paper" else volume_dice(scores)
+        return f"{run}: {kind} {dice:.3f} after {result.steps} steps in {result.seconds:.0f} s"
+
+    def _pretrained(self, pretraining: Pretraining) -> Generator[Progress, None, Path]:
+        folder = RunFolder(self._output / pretraining.folder)
+        if pretraining.folder in self._failed_pretrainings:
+            raise UserError(self._failed_pretrainings[pretraining.folder])
+        folder.claim(pretraining.config())
+        if folder.trained:
+            return folder.weights
+        try:
+            result = yield from STARTS[pretraining.start].pretrain(
+                pretraining.recipe,
+                VolumeFiles([case.image for case in pretraining.cases], **self._plan.data.reading),
+                folder.weights,
+                resume=folder.interrupted,
+                fabric=self._fabric,
+                cache=self._cache,
+            )
+        except (UserError, NonFiniteLoss) as error:
+            self._failed_pretrainings[pretraining.folder] = f"pretraining {pretraining.folder.name}: {error}"
+            raise
+        assert result is not None
+        folder.write_curve(result.curve)
+        return folder.weights
+
+    def _train(
+        self, run: Run, folder: RunFolder, labelled: Sequence[LabelledVolume], start: Path | None
+    ) -> Generator[Progress, None, None]:
+        recipe = run.recipe
+        work = finetune(
+            recipe.model if start is None else None,
+            labelled,
+            recipe.finetune,
+            start=start,
+            class_names=self._cohort.classes,
+            slices=recipe.slices,
+            keypoints=recipe.keypoints,
+            output=folder.weights,
+            resume=folder.interrupted,
+            fabric=self._fabric,
+            cache=self._cache,
+        )
+        if self._plan.protocol.kind == "paper":
+            num_slices = sum(len(case.statuses) for case in labelled)
+            every = steps_between(self._plan.protocol.select_every, num_slices, recipe.finetune.batch_size)
+            work = keeping_best(work, folder, every, lambda model: self._score(run, model))
+        with contextlib.closing(work):
+            result = yield from work
+        folder.write_curve(result.curve)
+
+    def _counting(self, folder: RunFolder) -> Path:
+        """The weights that count: of the last step, or, under the paper's protocol, the best."""
+        return folder.best if self._plan.protocol.kind == "paper" else folder.weights
+
+    def _score(self, run: Run, model: Model) -> Generator[Progress, None, list[CaseScore]]:
+        return (
+            yield from score_cases(
+                model,
+                self._read(run.test, run),
+                self._cohort.classes,
+                run.recipe.segment,
+                total=len(run.test),
+                cache=self._cache,
+                without_labelled=run.column.kind == "slices",
+            )
+        )
+
+    def _read(self, cases: Sequence[Case], run: Run) -> Iterator[tuple[Case, LabelledVolume]]:
+        for case in cases:
+            yield case, self._labelled(case, run)
+
+    def _labelled(self, case: Case, run: Run) -> LabelledVolume:
+        """A volume with all its slices labelled, or, with columns of slices, k of them."""
+        others = self._cohort.classes if self._plan.data.other_labels == "background" else None
+        whole = read_case(case, classes=others, **self._plan.data.reading)
+        if run.column.kind == "patients":
+            return whole
+        chosen = slices_to_label(whole.labels, run.column.count, self._plan.k_slices)
+        return LabelledVolume(whole.volume, whole.labels, {z: whole.statuses[z] for z in chosen})
+
+    def _result(
+        self,
+        run: Run,
+        folder: RunFolder,
+        model: Model,
+        labelled: Sequence[LabelledVolume],
+        start: Path | None,
+    ) -> RunResult:
+        trained: dict[str, Any] = load_header(folder.weights)["history"][-1]
+        before: dict[str, Any] = {} if start is None else load_header(start)["history"][-1]
+        costs = costs_of(model.network, run.recipe.finetune.augment.crop or _COST_SHAPE)
+        measured = read_measurements(folder)
+        return RunResult(
+            parameters=costs.parameters,
+            gigaflops=costs.gigaflops,
+            flops_shape=costs.shape,
+            flops_keypoints=costs.keypoints,
+            steps=trained["steps"],
+            seconds=trained["seconds"],
+            pretraining_steps=before.get("steps", 0),
+            pretraining_seconds=before.get("seconds", 0.0),
+            device=trained["device"],
+            labelled=tuple(f"{case.volume.name}:{z}" for case in labelled for z in sorted(case.statuses)),
+            selected_step=best_step(measured) if measured else trained["steps"],
+            date=now(),
+        )
+
+
+def _write_plan(plan: Plan, output: Path) -> None:
+    text = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "plan.yaml", lambda file: file.write(text))
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}; choose another place") from error

@@ -1,0 +1,122 @@
+"""Scoring a trained model on the volumes of a run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaf_model.benchmark.cohort import Case
+from kaf_model.benchmark.records import CaseScore
+from kaf_model.checkpoint import Model
+from kaf_model.config import SegmentConfig
+from kaf_model.evaluate import ClassScore, evaluate_volume
+from kaf_model.keypoints import KeypointCache
+from kaf_model.labels import LabelledVolume
+from kaf_model.progress import Progress
+from kaf_model.segment import segment
+
+
+def score_cases(
+    model: Model,
+    cases: Sequence[tuple[Case, LabelledVolume]] | Iterable[tuple[Case, LabelledVolume]],
+    classes: Mapping[int, str],
+    config: SegmentConfig,
+    *,
+    total: int,
+    cache: KeypointCache,
+    without_labelled: bool = False,
+) -> Generator[Progress, None, list[CaseScore]]:
+    """Segment volumes and compare them with their labels, no slice left out.
+
+    Args:
+        model: A trained model.
+        cases: Volumes with their labels, perhaps read one by one.
+        classes: Classes to score.
+        config: How to segment.
+        total: Number of cases.
+        cache: Keypoints found before.
+        without_labelled: Score the slices that are not labelled, see `CaseScore`.
+
+    Yields:
+        Progress in volumes, at least once a batch of slices.
+    """
+    scores: list[CaseScore] = []
+    for number, (case, truth) in enumerate(cases):
+        with contextlib.closing(segment(model, truth.volume, config, cache=cache)) as work:
+            while True:
+                try:
+                    progress = next(work)
+                except StopIteration as done:
+                    predicted: NDArray[np.integer] = done.value.labels
+                    break
+                yield replace(progress, stage="scoring", step=number, total=total)
+        scores += compare(case, predicted, truth, classes, without_labelled=without_labelled)
+        yield Progress("scoring", number + 1, total)
+    return scores
+
+
+def compare(
+    case: Case,
+    predicted: NDArray[np.integer],
+    truth: LabelledVolume,
+    classes: Mapping[int, str],
+    *,
+    without_labelled: bool = False,
+) -> list[CaseScore]:
+    """Score one volume; see `CaseScore` for what `without_labelled` changes."""
+    labelled = sorted(truth.statuses) if without_labelled else []
+    rest = [z for z in range(truth.volume.num_slices) if z not in labelled]
+    completed = predicted.copy()
+    completed[labelled] = truth.labels[labelled].astype(predicted.dtype)
+    whole = _scores(case, completed, truth.labels, truth, classes)
+    of_rest = _scores(case, predicted[rest], truth.labels[rest], truth, classes) if labelled else whole
+    return [
+        CaseScore(
+            case=case.name,
+            patient=case.patient,
+            value=score.value,
+            name=score.name,
+            dice=counted.dice,
+            hd95_mm=score.hd95_mm,
+            prediction_ml=score.prediction_ml,
+            reference_ml=score.reference_ml,
+            voxels=round((counted.prediction_ml + counted.reference_ml) / truth.volume.voxel_ml),
+        )
+        for score, counted in zip(whole, of_rest, strict=True)
+    ]
+
+
+def pooled_dice(scores: Iterable[CaseScore]) -> float:
+    """Mean over classes of the Dice over the voxels of all volumes together, the paper's measure.
+
+    Twice the overlap over the sum of both sizes, summed over volumes, is the mean of their Dice weighted by
+    that sum.
+    """
+    overlap: dict[int, float] = {}
+    sizes: dict[int, int] = {}
+    for score in scores:
+        if score.voxels:
+            overlap[score.value] = overlap.get(score.value, 0.0) + score.dice * score.voxels
+            sizes[score.value] = sizes.get(score.value, 0) + score.voxels
+    return float(np.mean([overlap[value] / size for value, size in sizes.items()])) if sizes else float("nan")
+
+
+def _scores(
+    case: Case,
+    predicted: NDArray[np.integer],
+    reference: NDArray[np.integer],
+    truth: LabelledVolume,
+    classes: Mapping[int, str],
+) -> list[ClassScore]:
+    return evaluate_volume(
+        predicted,
+        reference,
+        spacing=truth.volume.spacing,
+        voxel_ml=truth.volume.voxel_ml,
+        classes=classes,
+        volume=case.name,
+    )

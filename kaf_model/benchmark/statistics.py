@@ -1,0 +1,95 @@
+"""Numbers of a report: means over repetitions, and paired tests between methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kaf_model.benchmark.records import CaseScore
+from kaf_model.benchmark.scoring import pooled_dice
+
+Pair = tuple[str, int, int, int]
+"""What two methods must share to be compared: case, fold, draw and seed."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation; nan where there is none.
+
+    Attributes:
+        mean: Mean.
+        std: Standard deviation of the sample; nan for one value.
+        count: Values.
+    """
+
+    mean: float
+    std: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Of the values that are not nan."""
+        known = [value for value in values if not math.isnan(value)]
+        if not known:
+            return cls(math.nan, math.nan, 0)
+        return cls(
+            float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else math.nan, len(known)
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against another on the same volumes.
+
+    Attributes:
+        p_value: Of Wilcoxon's signed-rank test, two-sided; nan without pairs.
+        difference: Mean of the differences in Dice; positive when the first is better.
+        pairs: Volumes, counted once for each repetition.
+    """
+
+    p_value: float
+    difference: float
+    pairs: int
+
+
+def dice_by_volume(scores: Sequence[CaseScore]) -> dict[str, float]:
+    """Mean Dice over the classes of each volume; a class that is in neither label map does not count."""
+    by_case: dict[str, list[float]] = {}
+    for score in scores:
+        by_case.setdefault(score.case, []).append(score.dice)
+    return {case: Spread.of(dice).mean for case, dice in by_case.items()}
+
+
+def volume_dice(scores: Sequence[CaseScore]) -> float:
+    """Mean over volumes of their mean Dice, the strict protocol's measure."""
+    return Spread.of(dice_by_volume(scores).values()).mean
+
+
+def trial_dice(scores: Sequence[CaseScore], protocol: str) -> float:
+    """The Dice of one repetition: pooled over voxels by the paper's protocol, else per volume."""
+    return pooled_dice(scores) if protocol == "paper" else volume_dice(scores)
+
+
+def class_dice(scores: Sequence[CaseScore]) -> dict[str, float]:
+    """Mean Dice over volumes of each class."""
+    names = dict.fromkeys(score.name for score in scores)
+    return {name: Spread.of(score.dice for score in scores if score.name == name).mean for name in names}
+
+
+def compare_paired(first: Mapping[Pair, float], second: Mapping[Pair, float]) -> Comparison:
+    """Test whether two methods differ on the volumes that both have scored, in the same repetition.
+
+    Wilcoxon, "Individual comparisons by ranking methods", Biometrics Bulletin 1(6), 1945.
+    """
+    from scipy.stats import wilcoxon
+
+    common = [pair for pair in first if pair in second]
+    differences = np.array([first[pair] - second[pair] for pair in common])
+    differences = differences[~np.isnan(differences)]
+    if not len(differences):
+        return Comparison(math.nan, math.nan, 0)
+    p_value = float(wilcoxon(differences).pvalue) if differences.any() else 1.0
+    return Comparison(p_value, float(differences.mean()), len(differences))

@@ -1,0 +1,235 @@
+"""Self-training: slices that nobody labelled, labelled by the running average of the model in training.
+
+Round after round the averaged model predicts some unlabelled slices as they are; where it is sure, its
+prediction is what the model then learns from the same slices strongly augmented (weak to strong: Sohn et al.,
+FixMatch, NeurIPS 2020; averaged teacher: Tarvainen and Valpola, NeurIPS 2017). Between rounds the labels
+stay, so that a step costs no more than any other. What a person painted is never overruled.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kaf_model.anatomy import keep_largest_components
+from kaf_model.config import KeypointConfig, PseudoLabelConfig, SliceConfig
+from kaf_model.engine import generator_for
+from kaf_model.inference import InferenceNetwork
+from kaf_model.keypoints import KeypointCache, make_detector
+from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
+from kaf_model.losses import IGNORED
+from kaf_model.preparation import (
+    LabelledSlice,
+    PreparedVolume,
+    SliceStore,
+    prepare_slices,
+    prepare_volumes,
+    reported,
+)
+from kaf_model.progress import Progress
+from kaf_model.segment import predict_slices
+from kaf_model.slices import Slices
+from kaf_model.volume import Unreadable, Volume
+from kaf_model.volume_queue import VolumeFiles
+
+_SLICES_A_PASS = 8
+
+
+@dataclass(frozen=True)
+class UnlabelledVolume:
+    """A volume with slices to label.
+
+    Attributes:
+        prepared: Its slices, labelled ones among them.
+        known: (Z, H, W) channels that a person painted, IGNORED elsewhere; None where nobody painted.
+        free: Rows of `prepared` that may be learnt from with predicted labels.
+    """
+
+    prepared: PreparedVolume
+    known: NDArray[np.int64] | None
+    free: tuple[int, ...]
+
+
+def prepare_unlabelled(
+    cases: Sequence[LabelledVolume],
+    volumes: Collection[Volume | Unreadable | str | Path] | VolumeFiles,
+    classes: ClassMap,
+    slices: SliceConfig,
+    keypoints: KeypointConfig,
+    config: PseudoLabelConfig,
+    *,
+    cache: KeypointCache | None = None,
+) -> Generator[Progress, None, list[UnlabelledVolume]]:
+    """Prepare what is unlabelled: the other slices of labelled volumes, and volumes without labels.
+
+    Of a volume with more than `config.slices` slices an even selection is taken.
+
+    Args:
+        cases: Labelled volumes; unmarked and partial slices are used.
+        volumes: Volumes without labels, read one at a time; the first `config.volumes` of them are used.
+        classes: Channels of the labels.
+        slices: Preprocessing.
+        keypoints: Detection.
+        config: How many.
+        cache: Keypoints found before.
+
+    Yields:
+        Progress in volumes.
+
+    Returns:
+        Volumes with at least one slice to label.
+    """
+    store, detector = SliceStore(), make_detector(keypoints)
+    pool: list[UnlabelledVolume] = []
+    for number, case in enumerate(cases):
+        free = [z for z in range(case.volume.num_slices) if _is_free(case, z)]
+        if not free:
+            continue
+        wanted = sorted({*_evenly(free, config.slices), *case.statuses})
+        work = prepare_slices(case.volume, slices, detector, store=store, cache=cache, indices=wanted)
+        prepared = yield from reported(work, number, len(cases))
+        values = Slices(case.volume, slices).labels(case.labels, wanted)
+        known = np.full(values.shape, IGNORED, np.int64)
+        for row, z in enumerate(wanted):
+            if z in case.statuses:
+                where = f"slice {z} of {case.volume.name}"
+                known[row] = classes.channels(values[row], case.statuses[z], where)
+        rows = tuple(row for row, z in enumerate(wanted) if _is_free(case, z))
+        pool.append(UnlabelledVolume(prepared, known, rows))
+    if volumes:
+        others = yield from prepare_volumes(
+            itertools.islice(volumes, config.volumes), slices, keypoints, cache=cache, store=store
+        )
+        for prepared in others:
+            pool.append(UnlabelledVolume(prepared, None, tuple(_evenly(range(len(prepared)), config.slices))))
+    return pool
+
+
+class PseudoLabels:
+    """The pseudo-labelled slices of a training, renewed now and then.
+
+    Attributes:
+        slices: What to learn from at present; empty before the first round.
+        round: Rounds done.
+
+    Args:
+        pool: What there is to label.
+        classes: Channels.
+        config: When, how many, how sure.
+        one_piece: Label values of which only the largest piece of a prediction is believed.
+        seed: Of the choice of volumes.
+    """
+
+    def __init__(
+        self,
+        pool: Sequence[UnlabelledVolume],
+        classes: ClassMap,
+        config: PseudoLabelConfig,
+        *,
+        one_piece: frozenset[int],
+        seed: int,
+    ) -> None:
+        self.config = config
+        self.slices: list[LabelledSlice] = []
+        self.round = 0
+        self._pool = pool
+        self._one_piece = [channel for channel, value in enumerate(classes.values) if int(value) in one_piece]
+        self._seed = seed
+        self._labels: dict[int, NDArray[np.int8]] = {}
+
+    def is_due(self, fraction: float) -> bool:
+        """Whether the next round is due at a fraction 0..1 of the training."""
+        due = self.config.start + self.round * self.config.every
+        return bool(self._pool) and due <= fraction < 1
+
+    def renew(
+        self, network: InferenceNetwork, device: torch.device
+    ) -> Generator[tuple[int, int], None, None]:
+        """Predict the labels of some volumes, drawn anew in each round.
+
+        Args:
+            network: The averaged model, on `device`.
+            device: Where it is.
+
+        Yields:
+            Slices predicted, and how many there will be.
+        """
+        order = torch.randperm(len(self._pool), generator=generator_for(self._seed, self.round, 7)).tolist()
+        free = np.cumsum([len(self._pool[index].free) for index in order])
+        chosen = order[: int(np.searchsorted(free, self.config.slices)) + 1]
+        total = sum(len(self._pool[index].prepared) for index in chosen)
+        labels: dict[int, NDArray[np.int8]] = {}
+        done = 0
+        for index in chosen:
+            prepared = self._pool[index].prepared
+            parts = []
+            for start in range(0, len(prepared), _SLICES_A_PASS):
+                rows = slice(start, min(start + _SLICES_A_PASS, len(prepared)))
+                parts.append(self._predict(prepared, rows, network, device))
+                done += rows.stop - rows.start
+                yield done, total
+            labels[index] = self._settle(self._pool[index], np.concatenate(parts))
+        self._take(labels)
+        self.round += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that `load` takes back."""
+        tensors = {f"pseudo.{index}": torch.from_numpy(labels) for index, labels in self._labels.items()}
+        return {**tensors, "pseudo.round": torch.tensor(self.round)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go back to what `state` gave; other tensors are passed over."""
+        own = {name[7:]: value for name, value in tensors.items() if name.startswith("pseudo.")}
+        self.round = int(own.pop("round"))
+        self._take({int(index): value.numpy() for index, value in own.items()})
+
+    def _predict(
+        self, prepared: PreparedVolume, rows: slice, network: InferenceNetwork, device: torch.device
+    ) -> NDArray[np.int8]:
+        """Channels (n, H, W) where the model is sure, IGNORED elsewhere."""
+        images = np.asarray(prepared.images[rows], dtype=np.float32)
+        positions = [found.positions for found in prepared.keypoints[rows]]
+        confidence, channels = predict_slices(network, images, positions, device).max(1)
+        sure = torch.where(confidence >= self.config.confidence, channels, IGNORED)
+        labels: NDArray[np.int8] = sure.to(torch.int8).cpu().numpy()
+        return labels
+
+    def _settle(self, volume: UnlabelledVolume, labels: NDArray[np.int8]) -> NDArray[np.int8]:
+        """Put in what a person painted, then leave out pieces apart from a structure that is in one piece."""
+        if volume.known is not None:
+            labels = np.where(volume.known == IGNORED, labels, volume.known).astype(np.int8)
+        keep_largest_components(labels, self._one_piece, fill=IGNORED)
+        return labels
+
+    def _take(self, labels: dict[int, NDArray[np.int8]]) -> None:
+        self._labels = labels
+        self.slices = []
+        for index, found in sorted(labels.items()):
+            volume = self._pool[index]
+            for row in volume.free:
+                channels = found[row].astype(np.int64)
+                if volume.known is not None:
+                    channels = np.where(volume.known[row] == IGNORED, channels, volume.known[row])
+                if (channels != IGNORED).any():
+                    prepared = volume.prepared
+                    self.slices.append(
+                        LabelledSlice(prepared.images[row], prepared.keypoints[row].positions, channels)
+                    )
+
+
+def _is_free(case: LabelledVolume, z: int) -> bool:
+    """Whether a slice has pixels of which nothing is known."""
+    return case.statuses.get(z, SliceStatus.PARTIAL) is SliceStatus.PARTIAL
+
+
+def _evenly(items: Sequence[int], most: int) -> list[int]:
+    if len(items) <= most:
+        return list(items)
+    return [items[place] for place in np.linspace(0, len(items) - 1, most).round().astype(int)]

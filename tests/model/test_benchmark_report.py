@@ -1,0 +1,251 @@
+"""The numbers of a report, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from kaf_model.benchmark.cohort import Case
+from kaf_model.benchmark.plan import Plan
+from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult
+from kaf_model.benchmark.report import write_report
+from kaf_model.benchmark.results import read_results
+from kaf_model.benchmark.runs import Column
+from kaf_model.benchmark.scoring import compare, pooled_dice
+from kaf_model.benchmark.statistics import Spread, compare_paired, volume_dice
+from kaf_model.errors import UserError
+from kaf_model.labels import LabelledVolume, SliceStatus
+from kaf_model.volume import Volume
+
+CASE = Case("heart_1", "heart", Path("i"), Path("l"))
+CLASSES = {1: "left ventricle", 2: "myocardium"}
+
+
+def score(case: str, dice: float, *, value: int = 1, voxels: int = 10) -> CaseScore:
+    return CaseScore(case, case, value, CLASSES[value], dice, math.nan, 1.0, 2.0, voxels)
+
+
+def truth(labels: np.ndarray, labelled: tuple[int, ...] = ()) -> LabelledVolume:
+    volume = Volume.from_array(np.zeros(labels.shape, np.int16), spacing=(8.0, 1.0, 1.0))
+    return LabelledVolume(volume, labels, dict.fromkeys(labelled, SliceStatus.COMPLETE))
+
+
+def test_dice_of_a_volume() -> None:
+    reference, predicted = np.zeros((2, 2, 4, 6), np.uint8)
+    reference[0, 0, :4] = 1
+    predicted[0, 0, 2:6] = 1
+    one, two = compare(CASE, predicted, truth(reference), CLASSES)
+    assert (one.dice, one.voxels, one.reference_ml) == (0.5, 8, pytest.approx(4 * 8 / 1000))
+    assert math.isnan(two.dice)
+    assert two.voxels == 0
+
+
+def test_labelled_slices_do_not_count_for_dice_but_for_the_volume() -> None:
+    reference, predicted = np.zeros((2, 3, 4, 6), np.uint8)
+    reference[:, 0, :4] = 1
+    predicted[0] = 2  # the slice that was labelled is not looked at
+    predicted[1, 0, :4] = 1
+    predicted[2, 0, 3:5] = 1
+    one, two = compare(CASE, predicted, truth(reference, (0,)), CLASSES, without_labelled=True)
+    assert one.dice == pytest.approx(2 * (4 + 1) / (4 + 4 + 4 + 2))
+    assert one.voxels == 14
+    assert one.prediction_ml == pytest.approx((4 + 4 + 2) * 8 / 1000)
+    assert one.reference_ml == pytest.approx(12 * 8 / 1000)
+    assert math.isnan(two.dice)
+    whole, _ = compare(CASE, predicted, truth(reference, (0,)), CLASSES)
+    assert whole.dice == pytest.approx(2 * (4 + 1) / (12 + 6))
+
+
+def test_dice_pooled_over_voxels() -> None:
+    # One volume with 2 of 4 and 4 voxels in common, one with 2 true voxels of which none is found.
+    scores = [score("a", 0.5, voxels=8), score("b", 0.0, voxels=2)]
+    assert pooled_dice(scores) == pytest.approx(2 * 2 / (4 + 4 + 2 + 0))
+    absent = score("c", math.nan, value=2, voxels=0)
+    assert pooled_dice([*scores, absent]) == pytest.approx(0.4)
+    other = score("a", 0.8, value=2, voxels=5)
+    assert pooled_dice([*scores, other]) == pytest.approx((0.4 + 0.8) / 2)
+    assert math.isnan(pooled_dice([absent]))
+
+
+def test_dice_per_volume() -> None:
+    scores = [score("a", 0.4), score("a", 0.6, value=2), score("b", 0.9), score("b", math.nan, value=2)]
+    assert volume_dice(scores) == pytest.approx((0.5 + 0.9) / 2)
+
+
+def test_spread() -> None:
+    assert Spread.of([0.7, math.nan, 0.9]) == Spread(pytest.approx(0.8), pytest.approx(math.sqrt(0.02)), 2)
+    assert Spread.of([0.7]).count == 1
+    assert math.isnan(Spread.of([0.7]).std)
+    assert math.isnan(Spread.of([]).mean)
+
+
+def paired(values: list[float]) -> dict[tuple[str, int, int, int], float]:
+    return {(f"case{i}", 0, 0, 0): value for i, value in enumerate(values)}
+
+
+def test_wilcoxon_by_hand() -> None:
+    low = [0.1, 0.2, 0.3, 0.4, 0.5]
+    all_better = compare_paired(paired([0.2, 0.4, 0.6, 0.8, 1.0]), paired(low))
+    assert all_better.p_value == pytest.approx(2 / 2**5)  # 1 of 32 signs, two sides
+    assert all_better.difference == pytest.approx(0.3)
+    one_worse = compare_paired(paired([0.0, 0.4, 0.6, 0.8, 1.0]), paired(low))
+    assert one_worse.p_value == pytest.approx(2 * 2 / 2**5)  # rank sums 0 and 1
+    assert compare_paired(paired(low), paired(low)).p_value == 1.0
+    assert compare_paired({}, paired(low)).pairs == 0
+    assert math.isnan(compare_paired({}, paired(low)).p_value)
+
+
+def test_only_what_both_have_is_paired() -> None:
+    first = {("a", 0, 0, 0): 0.9, ("a", 0, 1, 0): 0.8, ("b", 0, 0, 0): 0.7, ("c", 0, 0, 0): math.nan}
+    second = {("a", 0, 0, 0): 0.5, ("a", 0, 0, 1): 0.1, ("b", 0, 0, 0): 0.5, ("c", 0, 0, 0): 0.5}
+    compared = compare_paired(first, second)
+    assert (compared.pairs, compared.difference) == (2, pytest.approx(0.3))
+
+
+def write_run(output: Path, row: str, column: Column, draw: int, scores: list[CaseScore]) -> None:
+    folder = RunFolder(
+        output / "runs" / row.lower() / f"{column.kind}-{column.count}" / f"fold0-draw{draw}-seed0"
+    )
+    folder.claim(
+        {
+            "row": row,
+            "column": {"kind": column.kind, "count": column.count},
+            "fold": 0,
+            "draw": draw,
+            "seed": 0,
+        }
+    )
+    folder.write_scores(scores)
+    folder.write_result(
+        RunResult(
+            parameters=1_234_567,
+            gigaflops=2.5,
+            flops_shape=(48, 64),
+            flops_keypoints=128,
+            steps=100 + draw,
+            seconds=10.0 + draw,
+            pretraining_steps=50 if row == "Ours" else 0,
+            pretraining_seconds=20.0 if row == "Ours" else 0.0,
+            device="cpu",
+            labelled=("heart_1:3",),
+            selected_step=100 + draw,
+            date="2026-01-02T03:04:05+00:00",
+        )
+    )
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Path:
+    """Two rows, M = 1 and 2 with two draws, k = 3 with one volume; one run of UNet is missing."""
+    plan = Plan.model_validate(
+        {
+            "name": "by hand",
+            "description": "Numbers to check.",
+            "data": {"layout": "pairs"},
+            "protocol": {"test": "odd", "draws": 2},
+            "columns": {"patients": [1, 2], "slices": [3]},
+            "rows": [{"name": "UNet"}, {"name": "Ours"}, {"name": "Never"}],
+            "reference": "Ours",
+        }
+    )
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")))
+    dice = {
+        ("UNet", "patients", 1): [(0.1, 0.3), (0.5, 0.7)],
+        ("Ours", "patients", 1): [(0.2, 0.5), (0.8, 0.9)],
+        ("UNet", "patients", 2): [(0.5, 0.5)],
+        ("Ours", "patients", 2): [(0.6, 0.8), (0.9, 0.9)],
+        ("UNet", "slices", 3): [(0.9,)],
+        ("Ours", "slices", 3): [(0.8,)],
+    }
+    for (row, kind, count), draws in dice.items():
+        for draw, values in enumerate(draws):
+            scores = [score(f"heart_{i}", value) for i, value in enumerate(values)]
+            write_run(tmp_path, row, Column(kind, count), draw, scores)  # type: ignore[arg-type]
+    return tmp_path
+
+
+def test_the_tables_by_hand(benchmark: Path) -> None:
+    text = write_report(benchmark).text
+    lines = text.splitlines()
+    # UNet at M = 1: draws of 0.2 and 0.6; their mean 0.4, their standard deviation 0.4 / sqrt(2).
+    assert "| UNet | 0.400 (0.283) | 0.500 | **0.900** | 1.23 M | 2.50 | 100 steps, 10 s | - |" in lines
+    assert (
+        "| Ours | **0.600 (0.354)** | **0.800 (0.141)** | 0.800 | 1.23 M | 2.50 | 100 steps, 10 s | 50 steps, 20 s |"
+        in lines
+    )
+    # Differences 0.1, 0.2, 0.3, 0.2, all positive: 1 of 16 signs, two sides.
+    assert (
+        "| UNet | p = 0.125, +0.200 (n = 4) | p = 0.500, +0.200 (n = 2) | p = 1.000, -0.100 (n = 1) |"
+        in lines
+    )
+    assert "Not finished: UNet at M = 2 (1 done)." in lines
+    assert "Never" not in text
+    assert "of 48 x 64 pixels with 128 keypoints" in text
+    assert "on cpu, 2026-01-02," in text
+
+
+def test_the_csv_by_hand(benchmark: Path) -> None:
+    with open(write_report(benchmark).table, newline="") as file:
+        rows = {(line["row"], line["kind"], line["count"]): line for line in csv.DictReader(file)}
+    line = rows["UNet", "patients", "1"]
+    assert (line["repetitions"], line["pairs"]) == ("2", "4")
+    assert float(line["dice_mean"]) == pytest.approx(0.4)
+    assert float(line["dice left ventricle"]) == pytest.approx(0.4)
+    assert float(line["steps"]) == pytest.approx(100.5)
+    assert rows["Ours", "patients", "1"]["p_value"] == ""
+    assert rows["UNet", "slices", "3"]["dice_std"] == ""
+
+
+def test_the_curves_show_what_the_table_says(benchmark: Path) -> None:
+    from kaf_model.benchmark.curves import learning_curves
+
+    figure = learning_curves(read_results(benchmark))
+    left, right = figure.axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["UNet", "Ours"]
+    drawn = {container.get_label(): container.lines[0].get_ydata().tolist() for container in left.containers}
+    assert drawn == {"UNet": pytest.approx([0.4, 0.5]), "Ours": pytest.approx([0.6, 0.8])}
+    assert [container.lines[0].get_ydata().tolist() for container in right.containers] == [[0.9], [0.8]]
+    assert write_report(benchmark).figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_row_can_be_the_reference(benchmark: Path) -> None:
+    results = read_results(benchmark, "UNet")
+    assert results.cells["UNet", Column("patients", 1)].comparison is None
+    compared = results.cells["Ours", Column("patients", 1)].comparison
+    assert compared is not None
+    assert compared.difference == pytest.approx(-0.2)
+
+
+def test_what_cannot_be_reported(benchmark: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no row 'VNet'; the rows are: UNet, Ours, Never"):
+        read_results(benchmark, "VNet")
+    with pytest.raises(UserError, match=r"holds no benchmark: there is no plan\.yaml"):
+        read_results(tmp_path / "elsewhere")
+    for path in benchmark.rglob("result.json"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"no run in .* is finished yet"):
+        read_results(benchmark)
+
+
+def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.claim({"row": "UNet"})
+    scores = [score("a", 1 / 3), score("a", math.nan, value=2, voxels=0)]
+    folder.write_scores(scores)
+    first, second = folder.read_scores()
+    assert (first.case, first.dice, first.voxels) == ("a", 1 / 3, 10)
+    assert math.isnan(second.dice)
+    assert math.isnan(first.hd95_mm)
+
+
+def test_a_folder_with_other_settings_is_not_touched(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.claim({"row": "UNet", "settings": {"finetune": {"steps": 5}}})
+    folder.claim({"row": "UNet", "settings": {"finetune": {"steps": 5}}})
+    with pytest.raises(UserError, match=r"settings\.finetune\.steps was 5, now 6\. Write to another folder"):
+        folder.claim({"row": "UNet", "settings": {"finetune": {"steps": 6}}})

@@ -1,0 +1,205 @@
+"""Self-training: what is labelled by the model, and what never is."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from kaf_model import pseudo_labels
+from kaf_model.checkpoint import ClassLabel
+from kaf_model.config import FinetuneConfig, KeypointConfig, PseudoLabelConfig, SliceConfig
+from kaf_model.datasets import Shard
+from kaf_model.finetune import _TrainingSlices, _without
+from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
+from kaf_model.losses import IGNORED
+from kaf_model.pseudo_labels import PseudoLabels, prepare_unlabelled
+from kaf_model.volume import Unreadable, Volume
+
+CPU = torch.device("cpu")
+CLASSES = ClassMap((ClassLabel(0, "background"), ClassLabel(4, "one"), ClassLabel(7, "two")))
+CONFIG = PseudoLabelConfig(slices=3, confidence=0.8)
+COMPLETE, PARTIAL, EMPTY = SliceStatus.COMPLETE, SliceStatus.PARTIAL, SliceStatus.EMPTY
+
+
+def volume(num_slices, name="v"):
+    array = np.random.default_rng(0).normal(size=(num_slices, 32, 48)).astype(np.float32)
+    return Volume.from_array(array, (6, 2, 2), name=name)
+
+
+def finish(work):
+    reports = []
+    while True:
+        try:
+            reports.append(next(work))
+        except StopIteration as done:
+            return reports, done.value
+
+
+def pool_of(cases, volumes=(), config=CONFIG):
+    work = prepare_unlabelled(
+        cases, volumes, CLASSES, SliceConfig(spacing=None), KeypointConfig(max_keypoints=8), config
+    )
+    return finish(work)[1]
+
+
+def sure_of(channel, probability=0.9, where=(slice(0, 8), slice(0, 8))):
+    """A network's stand-in: a probability for one channel in a square, background elsewhere."""
+
+    def predict(network, images, positions, device):
+        maps = torch.zeros(len(images), len(CLASSES), *images.shape[1:])
+        maps[:, 0] = 1
+        maps[:, 0, *where] = 1 - probability
+        maps[:, channel, *where] = probability
+        return maps
+
+    return predict
+
+
+def renewed(pool, predict, monkeypatch, *, one_piece=frozenset(), config=CONFIG):
+    monkeypatch.setattr(pseudo_labels, "predict_slices", predict)
+    pseudo = PseudoLabels(pool, CLASSES, config, one_piece=one_piece, seed=0)
+    finish(pseudo.renew(None, CPU))
+    return pseudo
+
+
+def test_the_unmarked_and_the_partial_slices_of_a_case_are_free():
+    labels = np.zeros((5, 32, 48), np.int16)
+    labels[1, 10:20, 10:20] = labels[2, 0:4, 0:4] = 4
+    case = LabelledVolume(volume(5), labels, {1: COMPLETE, 2: PARTIAL, 4: EMPTY})
+    (found,) = pool_of([case])
+    assert found.free == (0, 2, 3)
+    assert (found.known[1] >= 0).all()
+    assert set(np.unique(found.known[2])) == {IGNORED, 1}
+    assert (found.known[4] == 0).all()
+    assert (found.known[[0, 3]] == IGNORED).all()
+
+
+def test_a_case_that_is_labelled_throughout_gives_nothing():
+    case = LabelledVolume(volume(2), np.zeros((2, 32, 48), np.int16), {0: EMPTY, 1: EMPTY})
+    assert pool_of([case]) == []
+    pseudo = PseudoLabels([], CLASSES, CONFIG, one_piece=frozenset(), seed=0)
+    assert not any(pseudo.is_due(fraction) for fraction in (0.0, 0.5, 0.99))
+
+
+def test_what_a_person_painted_is_never_overruled(monkeypatch):
+    labels = np.zeros((3, 32, 48), np.int16)
+    labels[1, 2:5, 2:5] = 7
+    case = LabelledVolume(volume(3), labels, {1: PARTIAL})
+    pseudo = renewed(pool_of([case]), sure_of(1), monkeypatch)
+    assert len(pseudo.slices) == 3
+    painted = pseudo.slices[1].labels
+    assert (painted[2:5, 2:5] == 2).all()
+    assert painted[0, 0] == 1
+
+
+def test_pixels_the_model_is_not_sure_of_are_left_out(monkeypatch):
+    case = LabelledVolume(volume(3), np.zeros((3, 32, 48), np.int16), {1: EMPTY})
+    unsure = renewed(pool_of([case]), sure_of(1, 0.7), monkeypatch)
+    assert (unsure.slices[0].labels[:8, :8] == IGNORED).all()
+    assert (unsure.slices[0].labels[8:] == 0).all()
+    sure = renewed(pool_of([case]), sure_of(1, 0.85), monkeypatch)
+    assert (sure.slices[0].labels[:8, :8] == 1).all()
+
+
+def test_pieces_apart_from_a_structure_in_one_piece_are_left_out(monkeypatch):
+    def predict(network, images, positions, device):
+        maps = sure_of(1)(network, images, positions, device)
+        maps[:, :, 30, 40:44] = 0
+        maps[:, 1, 30, 40:44] = 1
+        return maps
+
+    case = LabelledVolume(volume(3), np.zeros((3, 32, 48), np.int16), {1: EMPTY})
+    whole = renewed(pool_of([case]), predict, monkeypatch, one_piece=frozenset({4}))
+    assert (whole.slices[0].labels[:8, :8] == 1).all()
+    assert (whole.slices[0].labels[30, 40:44] == IGNORED).all()
+    either = renewed(pool_of([case]), predict, monkeypatch, one_piece=frozenset({7}))
+    assert (either.slices[0].labels[30, 40:44] == 1).all()
+
+
+def test_each_round_labels_as_many_slices_as_asked_and_may_choose_other_volumes(monkeypatch):
+    pool = pool_of([], [volume(2, f"v{number}") for number in range(4)])
+    pseudo = renewed(pool, sure_of(1), monkeypatch)
+    assert len(pseudo.slices) == 4  # whole volumes until there are 3 slices
+    drawn = set()
+    for _ in range(6):
+        finish(pseudo.renew(None, CPU))
+        drawn.add(tuple(sorted(pseudo.state())))
+    assert len(drawn) > 1
+    assert pseudo.round == 7
+
+
+def test_rounds_are_due_at_their_fractions():
+    pseudo = PseudoLabels(
+        pool_of([], [volume(2)]),
+        CLASSES,
+        CONFIG.override(start=0.2, every=0.3),
+        one_piece=frozenset(),
+        seed=0,
+    )
+    assert [pseudo.is_due(fraction) for fraction in (0.1, 0.2, 0.4, 1.0)] == [False, True, True, False]
+    pseudo.round = 1
+    assert [pseudo.is_due(fraction) for fraction in (0.4, 0.5)] == [False, True]
+
+
+def test_the_state_brings_the_labels_back(monkeypatch):
+    pool = pool_of([], [volume(2, "a"), volume(3, "b")])
+    first = renewed(pool, sure_of(1), monkeypatch)
+    second = PseudoLabels(pool, CLASSES, CONFIG, one_piece=frozenset(), seed=0)
+    second.load({**first.state(), "average.weight": torch.zeros(1)})
+    assert second.round == 1
+    assert all(np.array_equal(a.labels, b.labels) for a, b in zip(first.slices, second.slices, strict=True))
+
+
+def test_of_a_long_volume_an_even_selection_is_taken():
+    (found,) = pool_of([], [volume(40)])
+    assert found.free == (0, 20, 39)
+    labels = np.zeros((40, 32, 48), np.int16)
+    (case,) = pool_of([LabelledVolume(volume(40), labels, {5: EMPTY})])
+    assert len(case.prepared) == 4
+    assert len(case.free) == 3
+
+
+def test_volumes_that_cannot_be_read_are_named_and_passed_over(tmp_path):
+    broken = Unreadable(tmp_path / "broken.nii", "no NIfTI")
+    reports, pool = finish(
+        prepare_unlabelled(
+            [], [broken, volume(2)], CLASSES, SliceConfig(spacing=None), KeypointConfig(), CONFIG
+        )
+    )
+    assert len(pool) == 1
+    assert any("passed over broken.nii: no NIfTI" in report.message for report in reports)
+
+
+def test_no_more_volumes_are_read_than_asked():
+    pool = pool_of([], [volume(2, f"v{n}") for n in range(5)], CONFIG.override(volumes=2))
+    assert [found.prepared.name for found in pool] == ["v0", "v1"]
+
+
+def test_held_out_slices_count_as_not_labelled():
+    labels = np.zeros((4, 32, 48), np.int16)
+    first = LabelledVolume(volume(4), labels, {0: EMPTY, 2: EMPTY})
+    second = LabelledVolume(volume(4), labels, {1: EMPTY, 3: EMPTY})
+    kept = _without([first, second], {1, 2})
+    assert [dict(case.statuses) for case in kept] == [{0: EMPTY}, {3: EMPTY}]
+
+
+@pytest.mark.parametrize(("share", "from_each"), [(0.5, (2, 2)), (0.25, (3, 1))])
+def test_a_share_of_each_batch_is_pseudo_labelled(share, from_each):
+    def slices(value):
+        image = np.zeros((32, 48), np.float16)
+        return [SimpleNamespace(image=image, keypoints=np.zeros((0, 2)), labels=np.full((32, 48), value))]
+
+    training = FinetuneConfig(
+        batch_size=4,
+        foreground=0.0,
+        pseudo_labels={"share": share},
+        augment={"crop": (32, 48), "spatial_probability": 0.0, "intensity_probability": 0.0},
+    )
+    pseudo = SimpleNamespace(slices=[], round=0)
+    drawing = _TrainingSlices(slices(1), pseudo, training)
+    assert (drawing.batch(0, CPU, Shard()).labels == 1).all()
+    pseudo.slices, pseudo.round = slices(2), 1
+    labels = drawing.batch(1, CPU, Shard()).labels
+    assert labels.shape == (4, 32, 48)
+    assert tuple(int((labels[:, 0, 0] == value).sum()) for value in (1, 2)) == from_each
