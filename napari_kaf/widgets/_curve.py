@@ -10,7 +10,7 @@ import pyqtgraph
 from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QVBoxLayout, QWidget
 
-from napari_kaf.widgets._panel import words
+from napari_kaf.widgets._panel import say, words
 
 _REDRAW = 100  # milliseconds
 _PENS = ("#e69f00", "#56b4e9", "#00b37a", "#d55e00", "#cc79a7", "#f0e442")
@@ -80,7 +80,7 @@ class LiveCurve(QWidget):
                 pen = pyqtgraph.mkPen(_PENS[len(self._lines) % len(_PENS)], width=2)
                 self._lines[name] = self.plot.plot(name=name, pen=pen)
             self._lines[name].setData(steps, heights)
-        self._legend.setText(" &nbsp; ".join(self._keys()))
+        say(self._legend, " &nbsp; ".join(self._keys()))
 
     def _keys(self) -> Iterator[str]:
         """Each curve's colour, name and last value."""

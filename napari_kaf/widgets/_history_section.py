@@ -23,7 +23,7 @@ from napari_kaf import _layers
 from napari_kaf._agreement import agreement
 from napari_kaf._paths import models_folder
 from napari_kaf._runs import Run
-from napari_kaf.widgets._panel import Life, answering, button, heading, words
+from napari_kaf.widgets._panel import Life, answering, button, heading, say, words
 
 _COLUMNS = ("Run", "When", "Slices", "Steps", "Dice")
 _MOST_ROWS = 5  # more are scrolled
@@ -97,7 +97,7 @@ class HistorySection(QWidget):
         """Show the selected run's result."""
         if self.selected is not None:
             self.session.results.show(self.selected)
-            self._say("")
+            say(self.status, "")
 
     @answering
     def compare_selected(self, *_: Any) -> None:
@@ -108,11 +108,11 @@ class HistorySection(QWidget):
         other = results.store.labels(run)
         _layers.show(session.viewer, session.opened, other, "comparison", session.classes, name="comparison")
         if results.labels is None or results.shown is None:
-            self._say(f"{run.name} is outlined; Show another run to compare it with.")
+            say(self.status, f"{run.name} is outlined; Show another run to compare it with.")
             return
         scores = agreement(results.labels, other, session.classes)
         told = ", ".join(f"{name} {dice:.3f}" for name, dice in scores.items())
-        self._say(f"Dice of {run.name} (outlined) with {results.shown.name}: {told}")
+        say(self.status, f"Dice of {run.name} (outlined) with {results.shown.name}: {told}")
 
     @answering
     def rename_selected(self, *_: Any) -> None:
@@ -142,7 +142,7 @@ class HistorySection(QWidget):
             path = Path(name) if name.endswith(".safetensors") else Path(f"{name}.safetensors")
             store.save_model(run, path)
             self.session.runs_changed.emit()  # lists of models look again
-            self._say(f"Model saved as {path}")
+            say(self.status, f"Model saved as {path}")
 
     @answering
     def delete_selected(self, *_: Any) -> None:
@@ -153,10 +153,6 @@ class HistorySection(QWidget):
         answer = QMessageBox.question(self, "Delete run", f"Delete {run.name} with its model and its result?")
         if answer == QMessageBox.StandardButton.Yes:
             self.session.results.delete(run)
-
-    def _say(self, text: str) -> None:
-        self.status.setText(text)
-        self.status.setVisible(bool(text))
 
     def _enable(self) -> None:
         for widget in (self.show_it, self.compare, self.rename, self.save, self.delete):

@@ -10,7 +10,7 @@ from qtpy.QtWidgets import QProgressBar, QPushButton, QVBoxLayout, QWidget
 
 from kaf_model.errors import UserError
 from napari_kaf._jobs import Job, Report, Task
-from napari_kaf.widgets._panel import Life, answering, words
+from napari_kaf.widgets._panel import Life, answering, say, words
 
 
 class JobRow(QWidget):
@@ -52,8 +52,7 @@ class JobRow(QWidget):
 
     def say(self, text: str) -> None:
         """Write a line under the button."""
-        self.status.setText(text)
-        self.status.setVisible(bool(text))
+        say(self.status, text)
 
     def run(
         self,

@@ -22,7 +22,7 @@ from qtpy.QtWidgets import (
 
 from napari_kaf import _layers
 from napari_kaf._classes import ClassEntry
-from napari_kaf.widgets._panel import Life, answering, heading, words
+from napari_kaf.widgets._panel import Life, answering, heading, say, words
 
 _COLOR, _NAME, _VALUE = range(3)
 _MOST_ROWS = 6  # more are scrolled
@@ -80,8 +80,7 @@ class LabelsSection(QWidget):
         self.box.setCurrentIndex(layers.index(labels) if labels is not None and labels in layers else -1)
         self.box.setEnabled(bool(layers))
         self.new.setEnabled(opened is not None)
-        self.hint.setText(self._unusable() if opened is not None else "")
-        self.hint.setVisible(bool(self.hint.text()))
+        say(self.hint, self._unusable() if opened is not None else "")
         for widget in (self.table, self.add, self.drop):
             widget.setEnabled(labels is not None)
 

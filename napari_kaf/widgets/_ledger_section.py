@@ -8,7 +8,7 @@ from qtpy.QtWidgets import QGridLayout, QPushButton, QVBoxLayout, QWidget
 
 from napari_kaf._keys import with_key
 from napari_kaf._ledger import MEANING, Cell
-from napari_kaf.widgets._panel import Life, answering, heading, words
+from napari_kaf.widgets._panel import Life, answering, heading, say, words
 from napari_kaf.widgets._strip import LedgerStrip, legend
 
 
@@ -67,12 +67,12 @@ class LedgerSection(QWidget):
         for button in (*self.buttons.values(), self.previous, self.next, self.all_painted):
             button.setEnabled(usable)
         if not usable:
-            self.current.setText("Every slice you label is marked here. New labels begins.")
-            self.summary.setText("")
+            say(self.current, "Every slice you label is marked here. New labels begins.")
+            say(self.summary, "")
             return
         cell = ledger.cell(min(z, len(ledger) - 1))
-        self.current.setText(f"Slice {z}: <b>{cell}</b>; {MEANING[cell]}.")
-        self.summary.setText(legend(ledger))
+        say(self.current, f"Slice {z}: <b>{cell}</b>; {MEANING[cell]}.")
+        say(self.summary, legend(ledger))
 
     @answering
     def mark(self, state: Cell) -> None:

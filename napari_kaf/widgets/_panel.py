@@ -151,9 +151,16 @@ def heading(text: str) -> QLabel:
 
 
 def words(text: str = "") -> QLabel:
-    """Text that wraps, and takes no more width than there is."""
+    """Text that wraps, takes no more width than there is, and no room while there is none; see `say`."""
     label = QLabel(text)
     label.setWordWrap(True)
     label.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Preferred)
     label.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+    label.setHidden(not text)
     return label
+
+
+def say(label: QLabel, text: str) -> None:
+    """Show words, or take no room without any; for labels that have their place already."""
+    label.setText(text)
+    label.setVisible(bool(text))

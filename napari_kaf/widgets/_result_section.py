@@ -12,7 +12,7 @@ from kaf_model.errors import UserError
 from napari_kaf import _layers
 from napari_kaf._keys import with_key
 from napari_kaf._writer import write_and_compare
-from napari_kaf.widgets._panel import Life, answering, button, heading, words
+from napari_kaf.widgets._panel import Life, answering, button, heading, say, words
 
 
 class ResultSection(QWidget):
@@ -41,7 +41,7 @@ class ResultSection(QWidget):
         column.addWidget(self.status)
         for signal in (self.session.runs_changed, self.session.labels_changed):
             life.listen(signal, self.refresh)
-        self._say("")
+        say(self.status, "")
         self.refresh()
 
     def refresh(self) -> None:
@@ -56,7 +56,7 @@ class ResultSection(QWidget):
         """Take the result on this slice into the labels."""
         z = self.session.slice
         self.session.results.accept()
-        self._say(f"Slice {z} accepted; Ctrl+Z takes it back.")
+        say(self.status, f"Slice {z} accepted; Ctrl+Z takes it back.")
 
     @answering
     def accept_all(self, *_: Any) -> None:
@@ -65,13 +65,13 @@ class ResultSection(QWidget):
         count = self.session.results.accept(range(len(result) if result is not None else 0))
         kept = len(self.session.ledger) - count
         stay = f"; {kept} complete or empty ones stay as you drew them" if kept else ""
-        self._say(f"{count} slices accepted{stay}. Ctrl+Z takes it back.")
+        say(self.status, f"{count} slices accepted{stay}. Ctrl+Z takes it back.")
 
     @answering
     def reject(self, *_: Any) -> None:
         """Put the result away."""
         self.session.results.reject()
-        self._say("Result put away; its run is in the history.")
+        say(self.status, "Result put away; its run is in the history.")
 
     @answering
     def export_labels(self, *_: Any) -> None:
@@ -103,9 +103,5 @@ class ResultSection(QWidget):
         session.flush()
         differences = write_and_compare(path, _layers.stack(session.labels), session.opened.volume)
         told = "; ".join(differences) or "same grid as source"
-        self._say(f"{path.name}: {told}")
+        say(self.status, f"{path.name}: {told}")
         show_info(f"{path}: {told}")
-
-    def _say(self, text: str) -> None:
-        self.status.setText(text)
-        self.status.setVisible(bool(text))

@@ -20,7 +20,7 @@ from qtpy.QtWidgets import (
 from kaf_model.geometry import spacing_of
 from kaf_model.volume import Source, read_volume
 from napari_kaf import _layers
-from napari_kaf.widgets._panel import Life, answering, heading, words
+from napari_kaf.widgets._panel import Life, answering, heading, say, words
 
 if TYPE_CHECKING:
     from napari.components import ViewerModel
@@ -79,14 +79,13 @@ class VolumeSection(QWidget):
         frames = _layers.num_frames(opened.layer) if opened is not None else 1
         self.frame_row.setVisible(frames > 1)
         if opened is None:
-            self.about.setText(_nothing_open(self.session.viewer))
-            self.notices.setVisible(False)
+            say(self.about, _nothing_open(self.session.viewer))
+            say(self.notices, "")
             return
         z, y, x = opened.volume.shape
         size = " x ".join(f"{value:.4g}" for value in opened.volume.spacing)
-        self.about.setText(f"{z} slices of {y} x {x} pixels; voxels {size} mm (z, y, x), {opened.origin}")
-        self.notices.setText("\n".join(f"• {notice}" for notice in opened.volume.notices))
-        self.notices.setVisible(bool(opened.volume.notices))
+        say(self.about, f"{z} slices of {y} x {x} pixels; voxels {size} mm (z, y, x), {opened.origin}")
+        say(self.notices, "\n".join(f"• {notice}" for notice in opened.volume.notices))
         for box, value in zip(self.spacing_boxes, opened.volume.spacing, strict=True):
             box.setValue(value)
         if frames > 1:
@@ -180,9 +179,10 @@ class VolumeSection(QWidget):
         self.offer.setVisible(offer is not None)
         if offer is not None:
             when = datetime.datetime.fromisoformat(offer.saved).strftime("%d %b %Y, %H:%M")
-            self.offer_text.setText(
+            say(
+                self.offer_text,
                 f"<b>Labels of this volume were saved on {when}</b>: {offer.num_marked} of {len(offer.states)} "
-                f"slices labelled, {len(offer.classes)} classes."
+                f"slices labelled, {len(offer.classes)} classes.",
             )
 
     @answering

@@ -613,13 +613,33 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         times.append(time.monotonic() - started)
     assert run.stdout.splitlines()[-1] == "[]"
-    for command in ("demo", "pretrain", "finetune", "segment", "evaluate", "info", "import", "settings", "benchmark"):
+    for command in (
+        "demo",
+        "pretrain",
+        "finetune",
+        "segment",
+        "evaluate",
+        "info",
+        "import",
+        "settings",
+        "benchmark",
+    ):
         assert f" {command} " in run.stdout
     assert min(times) < 2.0  # 0.4 s on a machine that has nothing else to do
 
 
 def test_every_command_has_help(kaf: Kaf) -> None:
-    for command in ("demo", "pretrain", "finetune", "segment", "evaluate", "info", "import", "settings", "benchmark"):
+    for command in (
+        "demo",
+        "pretrain",
+        "finetune",
+        "segment",
+        "evaluate",
+        "info",
+        "import",
+        "settings",
+        "benchmark",
+    ):
         run = kaf(command, "--help")
         assert run.code == 0
         assert f"kaf {command}" in run.out

@@ -111,7 +111,7 @@ def pretrain_panel(open_panel, small_heart, qtbot):
 
 def test_the_folder_is_looked_at_before_training(pretrain_panel):
     assert "1 usable volumes, 5 slices; 1 cannot be used" in pretrain_panel.found.text()
-    reasons = [pretrain_panel.table.item(row, 4).text() for row in range(2)]
+    reasons = [pretrain_panel.table.item(row, 1).text() for row in range(2)]
     assert any("cannot be read" in reason for reason in reasons)
     assert pretrain_panel.table.item(1, 2).text() == "48 x 64"
 
