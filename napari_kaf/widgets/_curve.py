@@ -45,16 +45,20 @@ class LiveCurve(QWidget):
         self._timer.setSingleShot(True)
         self._timer.timeout.connect(self._draw)
         self.setAccessibleName(f"Live curve of the {quantity}")
+        self.setHidden(True)
 
     def clear(self) -> None:
-        """Forget all points."""
+        """Forget all points, and take no room until there are new ones."""
         self._timer.stop()
+        self.setVisible(False)
         self._points, self._lines = {}, {}
         self.plot.clear()
         self._legend.clear()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each named curve."""
+        if values:
+            self.setVisible(True)
         for name, value in values.items():
             steps, heights = self._points.setdefault(name, ([], []))
             steps.append(step)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from qtpy.QtWidgets import QAbstractItemView, QHeaderView, QTableWidget, QTableWidgetItem
 
+from kaf_model.volume import volume_name
 from napari_kaf._pretrain_task import Found
 
 _COLUMNS = ("Volume", "Slices", "Pixels", "Spacing, mm")
 _MOST_ROWS = 6  # more are scrolled
+_PADDING = 12  # pixels
 
 
 class FoundTable(QTableWidget):
@@ -25,8 +27,9 @@ class FoundTable(QTableWidget):
         header, rows = self.horizontalHeader(), self.verticalHeader()
         assert header is not None
         assert rows is not None
-        header.setSectionResizeMode(QHeaderView.ResizeMode.ResizeToContents)
         header.setSectionResizeMode(0, QHeaderView.ResizeMode.Stretch)
+        for column, widest in enumerate(("Slices", "000 x 000", "00 x 0.00 x 0.00"), start=1):
+            header.resizeSection(column, self.fontMetrics().horizontalAdvance(widest) + _PADDING)
         rows.setVisible(False)
         self._row_height, self._header_height = rows.defaultSectionSize(), header.sizeHint().height()
         self.setVisible(False)
@@ -36,7 +39,7 @@ class FoundTable(QTableWidget):
         self.clearSpans()
         self.setRowCount(len(files))
         for row, found in enumerate(sorted(files, key=lambda found: (found.info is not None, found.path))):
-            texts = [found.path.name, found.reason.removeprefix(f"{found.path}: ")]
+            texts = [volume_name(found.path), found.reason.removeprefix(f"{found.path}: ")]
             if found.info is not None:
                 z, y, x = found.info.shape
                 spacing = " x ".join(f"{size:.3g}" for size in found.info.spacing)

@@ -62,6 +62,7 @@ class JobRow(QWidget):
         on_report: Callable[[Any], None],
         on_done: Callable[[Any], None],
         on_nothing: Callable[[], None] = lambda: None,
+        nothing: str = "Stopped.",
     ) -> None:
         """Start a task.
 
@@ -71,6 +72,7 @@ class JobRow(QWidget):
             on_report: Called with what it yields.
             on_done: Called with what it returns.
             on_nothing: Called when it failed, or was cancelled before it had anything.
+            nothing: What is said when it was cancelled before it had anything.
 
         Raises:
             UserError: If another is running.
@@ -98,7 +100,7 @@ class JobRow(QWidget):
         def given_up() -> None:
             self._ended()
             on_nothing()
-            self.say(STOPPED_AT_ONCE)
+            self.say(nothing)
 
         self._running = True
         self.bar.setRange(0, 0)

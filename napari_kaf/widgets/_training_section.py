@@ -45,7 +45,6 @@ class TrainingSection(QWidget):
         self.form = TrainingForm(life)
         self.row = JobRow(life, "Finetune", self.start, self._ready)
         self.curve = LiveCurve()
-        self.curve.setVisible(False)
         for widget in (self.form, self.row, self.curve):
             column.addWidget(widget)
         for signal in (self.session.volume_changed, self.session.labels_changed, self.session.ledger_changed):
@@ -77,9 +76,9 @@ class TrainingSection(QWidget):
             on_report=self._reported,
             on_done=self._done,
             on_nothing=self._nothing,
+            nothing=STOPPED_AT_ONCE,
         )
         self.curve.clear()
-        self.curve.setVisible(True)
         self._follow_slice()
 
     def _request(self, key: str) -> FinetuneRequest:

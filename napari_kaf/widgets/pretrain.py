@@ -91,7 +91,6 @@ class PretrainWidget(Panel):
         buttons.addWidget(self.resume)
         self.column.addLayout(buttons)
         self.curve = LiveCurve()
-        self.curve.setVisible(False)
         self.pair_title = words()
         self.pair = PairView()
         self.column.addWidget(self.curve)
@@ -170,10 +169,10 @@ class PretrainWidget(Panel):
             lambda control: pretrain_task(request, control),
             on_report=self._reported,
             on_done=self._done,
+            nothing=STOPPED_AT_ONCE,
         )
         if not resume:
             self.curve.clear()
-        self.curve.setVisible(True)
         self._show_state()
 
     @answering
