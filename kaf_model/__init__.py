@@ -27,6 +27,22 @@ if TYPE_CHECKING:
     from kaf_model.errors import UserError as UserError
     from kaf_model.evaluate import evaluate_folders as evaluate_folders
     from kaf_model.evaluate import evaluate_volume as evaluate_volume
+    from kaf_model.explore.attention_weights import attention_weights as attention_weights
+    from kaf_model.explore.equivariance import AugmentedSlice as AugmentedSlice
+    from kaf_model.explore.equivariance import EquivarianceError as EquivarianceError
+    from kaf_model.explore.equivariance import EquivarianceMaps as EquivarianceMaps
+    from kaf_model.explore.equivariance import augment_slice as augment_slice
+    from kaf_model.explore.equivariance import equivariance_errors as equivariance_errors
+    from kaf_model.explore.equivariance import equivariance_maps as equivariance_maps
+    from kaf_model.explore.explorer import Explorer as Explorer
+    from kaf_model.explore.matches import LearnedMatches as LearnedMatches
+    from kaf_model.explore.matches import learned_matches as learned_matches
+    from kaf_model.explore.similarity import LookAlike as LookAlike
+    from kaf_model.explore.similarity import SimilarityMap as SimilarityMap
+    from kaf_model.explore.similarity import look_alikes as look_alikes
+    from kaf_model.explore.similarity import similarity_maps as similarity_maps
+    from kaf_model.explore.views import SliceFeatures as SliceFeatures
+    from kaf_model.explore.views import VolumeView as VolumeView
     from kaf_model.finetune import FinetuneResult as FinetuneResult
     from kaf_model.finetune import finetune as finetune
     from kaf_model.keypoints import KeypointCache as KeypointCache
@@ -67,6 +83,19 @@ _HOME = {
     "correspondences": ("find_correspondences",),
     "errors": ("UserError",),
     "evaluate": ("evaluate_folders", "evaluate_volume"),
+    "explore.attention_weights": ("attention_weights",),
+    "explore.equivariance": (
+        "AugmentedSlice",
+        "EquivarianceError",
+        "EquivarianceMaps",
+        "augment_slice",
+        "equivariance_errors",
+        "equivariance_maps",
+    ),
+    "explore.explorer": ("Explorer",),
+    "explore.matches": ("LearnedMatches", "learned_matches"),
+    "explore.similarity": ("LookAlike", "SimilarityMap", "look_alikes", "similarity_maps"),
+    "explore.views": ("SliceFeatures", "VolumeView"),
     "finetune": ("FinetuneResult", "finetune"),
     "keypoints": ("KeypointCache", "Keypoints", "detect_keypoints"),
     "labels": ("LabelledVolume", "SliceStatus"),

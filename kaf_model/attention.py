@@ -7,8 +7,10 @@ attention itself is padded, under a mask.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,35 @@ class PackedKeypoints:
         """Mean over each slice's keypoints, (T, C) -> (B, C); zero for a slice without any."""
         sums = rows.new_zeros(len(self.valid), rows.shape[-1]).index_add(0, self.image, rows)
         return sums / self.valid.sum(1, keepdim=True).clamp(min=1).to(rows.dtype)
+
+    def heads_first(self, rows: Tensor, heads: int) -> Tensor:
+        """Packed rows (T, E) -> (T * heads, E / heads): slice by slice, and in a slice head by head."""
+        order, place = self._head_order(heads)
+        parts = rows.reshape(len(self) * heads, rows.shape[1] // heads)
+        reordered: Tensor = _Reorder.apply(parts, order, place)  # type: ignore[no-untyped-call]
+        return reordered
+
+    def rows_first(self, parts: Tensor, heads: int) -> Tensor:
+        """Undo `heads_first`."""
+        order, place = self._head_order(heads)
+        rows: Tensor = _Reorder.apply(parts, place, order)  # type: ignore[no-untyped-call]
+        return rows.view(len(self), heads * parts.shape[1])
+
+    def _head_order(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Which part (row * heads + head) lies at each place, and where each part lies, (T * heads,)."""
+        if heads not in self._head_orders:
+            counts = self.valid.sum(1)
+            start = (counts.cumsum(0) - counts)[self.image]  # (T,) first row of a row's slice
+            head = torch.arange(heads, device=self.image.device)
+            within = torch.arange(len(self), device=self.image.device) - start
+            place = ((heads * start + within)[:, None] + head * counts[self.image, None]).flatten()
+            order = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
+            self._head_orders[heads] = (order, place)
+        return self._head_orders[heads]
+
+    @cached_property
+    def _head_orders(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
 
     @cached_property
     def counts(self) -> list[int]:
@@ -128,7 +159,7 @@ def attend(
     Returns:
         (T, E), zero for slices whose source is empty.
     """
-    if query.device.type != "cpu" or (keypoints.full and source.full):
+    if query.device.type != "cpu":
         return attend_padded(query, key, value, keypoints, source, heads=heads)
     return attend_each(query, key, value, keypoints, source, heads=heads)
 
@@ -167,17 +198,115 @@ def attend_each(
     heads: int,
 ) -> Tensor:
     """`attend` slice after slice, without padding: on CPUs the padded products cost more than the loop."""
-    messages = []
-    queries = torch.split(query, keypoints.counts)
-    keys, values = torch.split(key, source.counts), torch.split(value, source.counts)
-    for slice_query, slice_key, slice_value in zip(queries, keys, values, strict=True):
-        if len(slice_query) and len(slice_key):
-            split = [_split_heads(rows[None], heads) for rows in (slice_query, slice_key, slice_value)]
-            attended = _dot_product(split[0], split[1], split[2])  # (1, heads, n, E / heads)
-            messages.append(attended[0].transpose(0, 1).flatten(1))
-        else:
-            messages.append(torch.zeros_like(slice_query))
-    return torch.cat(messages)
+    layouts = ((query, keypoints), (key, source), (value, source))
+    parts = [layout.heads_first(rows, heads) for rows, layout in layouts]
+    runs = _runs(keypoints.counts, source.counts, heads)
+    attended: Tensor = _AttendRuns.apply(*parts, runs)  # type: ignore[no-untyped-call]
+    return keypoints.rows_first(attended, heads)
+
+
+_LARGEST_RUN = 2**21
+"""Scores that are computed at once: beyond the cache, larger products only cost page faults."""
+
+
+class _Run(NamedTuple):
+    """Slices after one another with the same numbers of keypoints; their heads are one batch of products.
+
+    Attributes:
+        batch: Slices times heads.
+        num_queries: Rows a slice that attend.
+        num_keys: Rows a slice that are attended to.
+        first_query: Where the queries begin, in rows with their heads first.
+        first_key: Where the keys begin.
+    """
+
+    batch: int
+    num_queries: int
+    num_keys: int
+    first_query: int
+    first_key: int
+
+    def goes_on_with(self, other: _Run) -> bool:
+        """Whether the slice after this run is like it and still fits."""
+        follows = (
+            self.first_query + self.batch * self.num_queries,
+            self.first_key + self.batch * self.num_keys,
+        )
+        scores = (self.batch + other.batch) * self.num_queries * self.num_keys
+        return self[1:3] == other[1:3] and follows == other[3:] and scores <= _LARGEST_RUN
+
+    def queries(self, rows: Tensor) -> Tensor:
+        """(T * heads, D) -> (batch, num_queries, D), a view."""
+        rows = rows[self.first_query : self.first_query + self.batch * self.num_queries]
+        return rows.view(self.batch, self.num_queries, rows.shape[1])
+
+    def keys(self, rows: Tensor) -> Tensor:
+        """(S * heads, D) -> (batch, num_keys, D), a view."""
+        rows = rows[self.first_key : self.first_key + self.batch * self.num_keys]
+        return rows.view(self.batch, self.num_keys, rows.shape[1])
+
+
+def _runs(counts: Sequence[int], source_counts: Sequence[int], heads: int) -> list[_Run]:
+    """The runs of a batch; slices that have nothing to attend to are in none."""
+    runs: list[_Run] = []
+    first_query = first_key = 0
+    for queries, keys in zip(counts, source_counts, strict=True):
+        if queries and keys:
+            one = _Run(heads, queries, keys, first_query, first_key)
+            if runs and runs[-1].goes_on_with(one):
+                runs[-1] = runs[-1]._replace(batch=runs[-1].batch + heads)
+            else:
+                runs.append(one)
+        first_query += heads * queries
+        first_key += heads * keys
+    return runs
+
+
+class _AttendRuns(torch.autograd.Function):
+    """Scaled dot-product attention of rows with their heads first, run after run, as one node of the graph.
+
+    Shape: (T * heads, D), (S * heads, D) twice -> (T * heads, D).
+    """
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, runs: list[_Run]) -> Tensor:
+        scaled = query * query.shape[1] ** -0.5
+        attended = torch.zeros_like(query)
+        shares = []
+        for run in runs:
+            scores = torch.bmm(run.queries(scaled), run.keys(key).transpose(1, 2))
+            shares.append(scores.softmax(-1))
+            torch.bmm(shares[-1], run.keys(value), out=run.queries(attended))
+        context.runs = runs
+        context.save_for_backward(scaled, key, value, *shares)
+        return attended
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        scaled, key, value, *shares = context.saved_tensors
+        gradient = gradients[0].contiguous()
+        grad_query, grad_key, grad_value = (torch.zeros_like(rows) for rows in (scaled, key, value))
+        for run, share in zip(context.runs, shares, strict=True):
+            wanted = run.queries(gradient)
+            torch.bmm(share.transpose(1, 2), wanted, out=run.keys(grad_value))
+            grad_share = torch.bmm(wanted, run.keys(value).transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_share, share, -1, share.dtype)
+            torch.bmm(grad_scores, run.keys(key), out=run.queries(grad_query))
+            torch.bmm(grad_scores.transpose(1, 2), run.queries(scaled), out=run.keys(grad_key))
+        return grad_query.mul_(scaled.shape[1] ** -0.5), grad_key, grad_value, None
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in another order; the gradient is gathered back instead of scattered."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        context.inverse, context.order = inverse, order
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(0, context.inverse), None, None
 
 
 def _split_heads(rows: Tensor, heads: int) -> Tensor:
@@ -242,3 +371,13 @@ class AttentionBlock(nn.Module):
         message = self.merge(attend(query, key, value, keypoints, source_keypoints, heads=self.heads))
         update: Tensor = self.mlp(torch.cat([embeddings.to(message.dtype), message], dim=-1))
         return embeddings + update
+
+    def weights(self, embeddings: Tensor) -> Tensor:
+        """The softmax weights with which the keypoints of one slice attend to each other in `forward`.
+
+        Shape: (N, E) -> (heads, N, N); a row holds what one keypoint attends to, and sums to 1.
+        """
+        query, key, _ = self.query_key_value(embeddings).chunk(3, dim=-1)
+        queries, keys = (_split_heads(rows[None], self.heads)[0] for rows in (query, key))
+        scores: Tensor = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
+        return scores.softmax(-1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from kaf_model.engine import channels_last
+from kaf_model.inference import InferenceNetwork
 from kaf_model.labels import ClassMap
 from kaf_model.losses import IGNORED
 from kaf_model.preparation import LabelledSlice
@@ -70,9 +71,10 @@ class WeightAverage:
         """Mean Dice of the foreground classes over the held-out slices; keeps the weights if it is the best."""
         overlap, size = np.zeros(len(self._classes)), np.zeros(len(self._classes))
         network = self.network()
+        folded = InferenceNetwork(network)
         for item in self._held_out:
             probabilities = predict_slices(
-                network, item.image[None].astype(np.float32), [item.keypoints], device
+                folded, item.image[None].astype(np.float32), [item.keypoints], device
             )
             predicted = probabilities[0].argmax(0).cpu().numpy()
             known = item.labels != IGNORED

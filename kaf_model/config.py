@@ -338,6 +338,12 @@ class PseudoLabelConfig(Settings):
         0.15, gt=0, le=1, description="Part of the training after which pseudo-labels are renewed."
     )
     slices: int = Field(200, gt=0, description="Slices that are pseudo-labelled at a time, at least.")
+    least_slices: int = Field(
+        50,
+        ge=1,
+        description="With fewer unlabelled slices there are no pseudo-labels: of a few slices the model learns its "
+        "own mistakes.",
+    )
     volumes: int = Field(100, gt=0, description="At most this many volumes without labels are used.")
     confidence: float = Field(
         0.9, ge=0, le=1, description="Pixels of lower probability are left out, as if nobody had painted."

@@ -25,6 +25,7 @@ from kaf_model.checkpoint import (
     save_checkpoint,
 )
 from kaf_model.config import FinetuneConfig, KeypointConfig, ModelConfig, SliceConfig
+from kaf_model.curve import thinned
 from kaf_model.datasets import LabelledBatch, LabelledSlices, Shard, concatenate
 from kaf_model.engine import Trainer, channels_last, generator_for, make_fabric, release_memory
 from kaf_model.errors import UserError
@@ -352,6 +353,7 @@ def _record(
         "seconds": round(trainer.state.seconds, 1),
         "device": str(trainer.fabric.device),
         "losses": {name: round(value, 5) for name, value in trainer.state.losses.items()},
+        "curve": thinned(trainer.state.curve),
         "held_out_dice": held_out_dice,
         "labelled_slices": list(labelled),
         "unlabelled_slices": num_unlabelled,

@@ -113,14 +113,14 @@ def sparse_convolution(
     flat = _flat_index(cells, keypoints, height, width)
     sharing = flat.new_zeros(batch * height * width).index_add(0, flat, torch.ones_like(flat))[flat]
     kernel = convolution.weight.permute(1, 2, 3, 0).flatten(1)  # (E, 9 * D)
-    taps = ((rows / sharing[:, None].to(rows.dtype)) @ kernel).view(-1, 9, channels)  # (T, 9, D)
-    # The keypoint at p is read by the output at p - offset, for each offset of the kernel from its middle.
+    taps = ((rows / sharing[:, None].to(rows.dtype)) @ kernel).view(-1, channels)  # (T * 9, D)
+    # The keypoint at p is read by the output at p - offset, for each offset of the kernel from its middle. A
+    # border of one pixel takes what falls beyond the map.
+    stride = width + 2
+    middle = (keypoints.image * (height + 2) + cells[:, 0] + 1) * stride + cells[:, 1] + 1
     steps = torch.arange(-1, 2, device=cells.device)
-    offsets = torch.cartesian_prod(steps, steps)  # (9, 2)
-    targets = cells[:, None] - offsets  # (T, 9, 2)
-    limit = torch.tensor([height, width], device=cells.device)
-    inside = ((targets >= 0) & (targets < limit)).all(-1)
-    index = (keypoints.image[:, None] * height + targets[..., 0]) * width + targets[..., 1]
-    spread = convolution.bias.to(taps.dtype).expand(batch * height * width, channels)
-    spread = spread.index_add(0, index[inside], taps[inside])
-    return spread.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    targets = middle[:, None] - (steps[:, None] * stride + steps).flatten()  # (T, 9)
+    spread = convolution.bias.to(taps.dtype).expand(batch * (height + 2) * stride, channels)
+    spread = spread.index_add(0, targets.flatten(), taps)
+    spread = spread.view(batch, height + 2, stride, channels)[:, 1:-1, 1:-1]
+    return spread.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from kaf_model import engine
 from kaf_model.attention import AttentionBlock
 from kaf_model.normalization import BatchNorm
-from kaf_model.unet import SegmentationNetwork
+from kaf_model.unet import Encoder, SegmentationNetwork
+
+_PRODUCTS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 class InferenceNetwork(nn.Module):
@@ -33,11 +35,13 @@ class InferenceNetwork(nn.Module):
         fold_normalisation(folded)
         for block in (module for module in folded.modules() if isinstance(module, AttentionBlock)):
             fold_merge(block)
-        folded.encoder.pool = _HalvingMaximum()
+        if isinstance(folded.encoder, Encoder):
+            folded.encoder.pool = _HalvingMaximum()
         for activation in (module for module in folded.modules() if isinstance(module, nn.ReLU)):
             activation.inplace = True
         if engine.has_bfloat16(self.device):
-            folded.to(torch.bfloat16)
+            for layer in (module for module in folded.modules() if isinstance(module, _PRODUCTS)):
+                layer.to(torch.bfloat16)
         engine.channels_last(folded)
         self.network = folded
 

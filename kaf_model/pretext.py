@@ -17,6 +17,7 @@ from torch import nn
 
 from kaf_model.checkpoint import Checkpoint, cpu_weights, now, save_checkpoint, software_versions
 from kaf_model.config import KeypointConfig, ModelConfig, PretrainConfig, SliceConfig
+from kaf_model.curve import thinned
 from kaf_model.datasets import Shard
 from kaf_model.engine import Trainer, make_fabric, release_memory
 from kaf_model.errors import UserError
@@ -163,6 +164,7 @@ def _record(config: PretrainConfig, trainer: Trainer, statistics: Mapping[str, o
         "seconds": round(trainer.state.seconds, 1),
         "device": str(trainer.fabric.device),
         "losses": {name: round(value, 5) for name, value in trainer.state.losses.items()},
+        "curve": thinned(trainer.state.curve),
         "num_volumes": statistics["num_volumes"],
         "num_slices": statistics["num_slices"],
         "settings": config.model_dump(mode="json"),

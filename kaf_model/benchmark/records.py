@@ -32,9 +32,10 @@ class CaseScore:
         name: Name of the class.
         dice: 0..1; nan when neither prediction nor reference holds the class. With k labelled slices, of the
             others alone.
-        hd95_mm: 95th percentile of the surface distances; nan when one lacks the class. With k labelled
-            slices, of the whole volume, these taken as labelled.
-        prediction_ml: Volume of the class in the prediction, over the same slices as `hd95_mm`.
+        volume_dice: With k labelled slices, of the whole volume, these taken as labelled; else `dice`.
+        hd95_mm: 95th percentile of the surface distances, over the same slices as `volume_dice`; nan when one
+            lacks the class.
+        prediction_ml: Volume of the class in the prediction, over the same slices.
         reference_ml: The same in the reference.
         voxels: Voxels of the class in prediction and reference together, over the same slices as `dice`: the
             weight of `dice` in a Dice pooled over volumes.
@@ -45,6 +46,7 @@ class CaseScore:
     value: int
     name: str
     dice: float
+    volume_dice: float
     hd95_mm: float
     prediction_ml: float
     reference_ml: float
@@ -184,7 +186,7 @@ class RunFolder:
                     voxels=int(line["voxels"]),
                     **{
                         name: _number(line[name])
-                        for name in ("dice", "hd95_mm", "prediction_ml", "reference_ml")
+                        for name in ("dice", "volume_dice", "hd95_mm", "prediction_ml", "reference_ml")
                     },
                 )
                 for line in csv.DictReader(file)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kaf_model import attention
 from kaf_model.attention import (
     AttentionBlock,
     PackedKeypoints,
@@ -140,8 +141,13 @@ def test_position_code_is_relative_to_the_middle_and_scaled():
     assert torch.allclose(code, encoder.mlp(torch.tensor([[0.0, 0.0], [1.0, 0.0]])), atol=1e-6)
 
 
-def test_slices_one_by_one_attend_as_the_padded_batch_does() -> None:
-    keypoints, source = packed([3, 0, 5, 1, 2]), packed([2, 4, 0, 6, 1])
+@pytest.mark.parametrize("largest", [2**21, 1])
+@pytest.mark.parametrize(
+    "counts", [([3, 0, 5, 1, 2], [2, 4, 0, 6, 1]), ([4, 4, 0, 4, 4], [3, 3, 0, 3, 3]), ([0, 0], [0, 2])]
+)
+def test_slices_one_by_one_attend_as_the_padded_batch_does(counts, largest, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_LARGEST_RUN", largest)
+    keypoints, source = packed(counts[0]), packed(counts[1])
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(len(keypoints), 8, generator=generator, requires_grad=True)
     key, value = (torch.randn(len(source), 8, generator=generator, requires_grad=True) for _ in range(2))
@@ -152,7 +158,22 @@ def test_slices_one_by_one_attend_as_the_padded_batch_does() -> None:
         results.append((message, *gradients))
     for each, padded in zip(*results, strict=True):
         torch.testing.assert_close(each, padded)
-    assert (results[0][0][keypoints.image == 2] == 0).all()  # there is nothing to attend to
+    nothing = (source.valid.sum(1) == 0)[keypoints.image]
+    assert (results[0][0][nothing] == 0).all()
+
+
+def test_slices_of_as_many_keypoints_share_their_products() -> None:
+    runs = attention._runs([4, 4, 0, 4, 5], [3, 3, 2, 3, 3], heads=2)
+    assert [(run.batch, run.num_queries, run.num_keys) for run in runs] == [(4, 4, 3), (2, 4, 3), (2, 5, 3)]
+    assert [(run.first_query, run.first_key) for run in runs] == [(0, 0), (16, 16), (24, 22)]
+
+
+def test_rows_with_their_heads_first() -> None:
+    keypoints = packed([2, 0, 1])
+    rows = torch.tensor([[0, 1, 10, 11], [2, 3, 12, 13], [4, 5, 14, 15]])
+    parts = keypoints.heads_first(rows, 2)
+    assert parts.tolist() == [[0, 1], [2, 3], [10, 11], [12, 13], [4, 5], [14, 15]]
+    assert torch.equal(keypoints.rows_first(parts, 2), rows)
 
 
 @pytest.mark.parametrize("counts", [[4, 4], [3, 0, 5]])
