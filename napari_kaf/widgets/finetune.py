@@ -60,7 +60,7 @@ class FinetuneWidget(Panel):
         self.keys.setToolTip("All keys of this panel")
         self.keys.clicked.connect(self._show_keys)
         self.column.addWidget(self.keys)
-        self.column.addStretch()
+        self.column.addStretch(1)
         attach_compass(self.session.viewer)
         self._bind_keys()
         self.life.listen(self.session.busy_changed, self._follow_the_work)

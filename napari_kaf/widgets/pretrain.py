@@ -96,7 +96,7 @@ class PretrainWidget(Panel):
         self.column.addWidget(self.curve)
         self.column.addWidget(self.pair_title)
         self.column.addWidget(self.pair)
-        self.column.addStretch()
+        self.column.addStretch(1)
         self.life.listen(self.session.busy_changed, self._show_state)
         self._preset_chosen()
         self._show_state()
