@@ -40,7 +40,9 @@ class PretrainingNetwork(nn.Module):
         num_kaf = len(self.encoder.kaf_layers)
         if config.weight_pcl:
             self.bottleneck_head = BottleneckHead(
-                self.encoder.bottleneck_width, projection_width=config.projection_width
+                self.encoder.bottleneck_width,
+                projection_width=config.projection_width,
+                normalise=config.normalised_head,
             )
         self.has_global = bool(config.weight_global and num_kaf)
         self.has_local = bool(config.weight_local and num_kaf)
@@ -59,6 +61,7 @@ class PretrainingNetwork(nn.Module):
                 heads=model.heads,
                 rounds=config.matching_rounds,
                 iterations=config.sinkhorn_iterations,
+                tolerance=config.sinkhorn_tolerance,
                 position_reference=model.position_reference,
             )
 
