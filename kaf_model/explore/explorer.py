@@ -120,6 +120,7 @@ class Explorer:
         """Build the encoder of a checkpoint of either kind, and the matcher of one that has it.
 
         Raises:
+            UserError: If the encoder has other levels than a UNet's.
             CheckpointError: If the weights do not fit the configuration of the checkpoint.
             UserError: If its network is a Swin transformer.
         """
@@ -146,6 +147,7 @@ class Explorer:
         """Read a checkpoint of either kind.
 
         Raises:
+            UserError: If the encoder has other levels than a UNet's.
             CheckpointError: If the file cannot be read or its weights do not fit.
         """
         return cls.from_checkpoint(load_checkpoint(path), device=device)
@@ -213,6 +215,16 @@ def _encoder(model: ModelConfig) -> Encoder:
 
 def _frozen(module: AnyModule, device: str | torch.device) -> AnyModule:
     return module.to(device).eval().requires_grad_(False)
+
+
+def _encoder(config: ModelConfig) -> Encoder:
+    encoder = build_encoder(config)
+    if not isinstance(encoder, Encoder):
+        raise UserError(
+            f"a {config.architecture} has no four levels, each half as fine as the one before, to look into; choose "
+            "a model with the encoder of a UNet"
+        )
+    return encoder
 
 
 def _recorder(inputs: list[Tensor]) -> Any:
