@@ -203,16 +203,6 @@ class Explorer:
         )
 
 
-def _encoder(model: ModelConfig) -> Encoder:
-    encoder = build_encoder(model)
-    if not isinstance(encoder, Encoder):
-        raise UserError(
-            f"exploring needs an encoder of four halving blocks (kaf-unet, unet, fcn and the like), got a "
-            f"{model.architecture}"
-        )
-    return encoder
-
-
 def _frozen(module: AnyModule, device: str | torch.device) -> AnyModule:
     return module.to(device).eval().requires_grad_(False)
 
