@@ -20,6 +20,9 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 _TRAINING, _SETTINGS, _READING, _RUNNING = "Training", "Settings", "Reading volumes", "Running"
 
+OutputFile = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FILE", help="Checkpoint to write, NAME.safetensors.")
+]
 Preset = Annotated[
     str | None,
     typer.Option(

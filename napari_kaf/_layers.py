@@ -1,4 +1,4 @@
-"""The only place that reads or writes viewer layers, and always on the GUI thread.
+"""The only place, with its sibling `_explore_layers`, that touches viewer layers, always on the GUI thread.
 
 An image layer becomes an engine `Volume` here, and arrays (Z, Y, X) become layers. A layer made by the
 plugin or its reader carries its volume and its part in `layer.metadata[KEY]`, so that it is recognised
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from napari.layers import Image, Labels, Layer
 
 KEY = "napari-kaf"
-Role = Literal["volume", "labels", "result", "preview", "comparison", "uncertainty"]
+Role = Literal["volume", "labels", "result", "preview", "comparison", "uncertainty", "explore"]
 _UNITS_IN_MM = {"millimeter": 1.0, "micrometer": 1e-3, "centimeter": 10.0, "meter": 1000.0, "nanometer": 1e-6}
 
 

@@ -20,8 +20,8 @@ class Cell(StrEnum):
 
 
 MEANING = {
-    Cell.UNTOUCHED: "nothing was said of it; paint on it is not used, and the model guesses it while training",
-    Cell.PARTIAL: "only what is painted is known; the model guesses the other pixels while training",
+    Cell.UNTOUCHED: "nothing was said of it; what is painted on it is not used for training",
+    Cell.PARTIAL: "only what is painted is known; unpainted pixels are not taken for background",
     Cell.COMPLETE: "everything is painted; unpainted pixels count as background",
     Cell.EMPTY: "looked at and nothing is there; all of it counts as background",
     Cell.PREDICTED: "untouched, and the shown result has something to accept or reject; used like untouched",

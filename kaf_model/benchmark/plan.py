@@ -112,6 +112,11 @@ class SlicesPlan(Settings):
         "volume",
         description="The slices are spaced evenly over the whole volume, or over the slices that show a structure.",
     )
+    unlabelled: Literal["own", "all"] = Field(
+        "own",
+        description="own: recipes that learn from unlabelled slices get the rest of the volume. all: they get the "
+        "volumes of the pretraining as well.",
+    )
 
 
 class ColumnsPlan(Settings):

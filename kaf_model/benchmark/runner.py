@@ -13,19 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from lightning_fabric import Fabric
 
 from kaf_model.benchmark.cohort import Case, Cohort, read_case
 from kaf_model.benchmark.costs import costs_of
 from kaf_model.benchmark.plan import Plan
-from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult, write_atomically
+from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult
 from kaf_model.benchmark.runs import Pretraining, Run, all_runs, read_cohort
-from kaf_model.benchmark.scoring import pooled_dice, score_cases
+from kaf_model.benchmark.scoring import score_cases
 from kaf_model.benchmark.selection import best_step, keeping_best, read_measurements, steps_between
 from kaf_model.benchmark.splits import slices_to_label
 from kaf_model.benchmark.starts import STARTS
-from kaf_model.benchmark.statistics import volume_dice
+from kaf_model.benchmark.statistics import trial_dice
 from kaf_model.checkpoint import Model, load_header, load_model, now
 from kaf_model.engine import NonFiniteLoss, make_fabric
 from kaf_model.errors import UserError
@@ -33,6 +34,7 @@ from kaf_model.finetune import finetune
 from kaf_model.keypoints import KeypointCache
 from kaf_model.labels import LabelledVolume
 from kaf_model.progress import Progress
+from kaf_model.text_files import write_atomically
 from kaf_model.volume_queue import VolumeFiles
 
 _COST_SHAPE = (256, 256)  # of the slice whose operations are counted where trainings do not crop
@@ -146,7 +148,7 @@ class _Workplace:
         folder = RunFolder(self._output / run.folder)
         folder.claim(run.config())
         start = None if run.pretraining is None else (yield from self._pretrained(run.pretraining))
-        labelled = [self._labelled(case, run) for case in run.train]
+        labelled = [_without_others(self._labelled(case, run)) for case in run.train]
         if not folder.trained:
             yield from self._train(run, folder, labelled, start)
         model = load_model(self._counting(folder), device=self._fabric.device)
@@ -155,7 +157,7 @@ class _Workplace:
         result = self._result(run, folder, model, labelled, start)
         folder.write_result(result)
         kind = "pooled Dice" if self._plan.protocol.kind == "paper" else "Dice"
-        dice = pooled_dice(scores) if self._plan.protocol.kind == "paper" else volume_dice(scores)
+        dice = trial_dice(scores, self._plan.protocol.kind)
         return f"{run}: {kind} {dice:.3f} after {result.steps} steps in {result.seconds:.0f} s"
 
     def _pretrained(self, pretraining: Pretraining) -> Generator[Progress, None, Path]:
@@ -168,7 +170,7 @@ class _Workplace:
         try:
             result = yield from STARTS[pretraining.start].pretrain(
                 pretraining.recipe,
-                VolumeFiles([case.image for case in pretraining.cases], **self._plan.data.reading),
+                self._files(pretraining.cases),
                 folder.weights,
                 resume=folder.interrupted,
                 fabric=self._fabric,
@@ -190,6 +192,7 @@ class _Workplace:
             labelled,
             recipe.finetune,
             start=start,
+            unlabelled=self._files(run.unlabelled) if run.unlabelled else (),
             class_names=self._cohort.classes,
             slices=recipe.slices,
             keypoints=recipe.keypoints,
@@ -222,6 +225,9 @@ class _Workplace:
                 without_labelled=run.column.kind == "slices",
             )
         )
+
+    def _files(self, cases: Sequence[Case]) -> VolumeFiles:
+        return VolumeFiles([case.image for case in cases], **self._plan.data.reading)
 
     def _read(self, cases: Sequence[Case], run: Run) -> Iterator[tuple[Case, LabelledVolume]]:
         for case in cases:
@@ -262,6 +268,14 @@ class _Workplace:
             selected_step=best_step(measured) if measured else trained["steps"],
             date=now(),
         )
+
+
+def _without_others(case: LabelledVolume) -> LabelledVolume:
+    """A volume for training: the true labels of slices that do not count as labelled are not even there."""
+    known = np.zeros_like(case.labels)
+    for z in case.statuses:
+        known[z] = case.labels[z]
+    return LabelledVolume(case.volume, known, case.statuses)
 
 
 def _write_plan(plan: Plan, output: Path) -> None:

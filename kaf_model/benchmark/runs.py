@@ -76,6 +76,7 @@ class Run:
         seed: Of weights and sampling.
         train: Volumes that are labelled.
         test: Volumes that are scored.
+        unlabelled: Volumes whose images are learnt from as well.
         recipe: Settings.
         pretraining: Where it starts; None is random weights.
     """
@@ -87,6 +88,7 @@ class Run:
     seed: int
     train: tuple[Case, ...]
     test: tuple[Case, ...]
+    unlabelled: tuple[Case, ...]
     recipe: Recipe
     pretraining: Pretraining | None
 
@@ -110,6 +112,7 @@ class Run:
             "seed": self.seed,
             "train": [case.name for case in self.train],
             "test": [case.name for case in self.test],
+            "unlabelled": [case.name for case in self.unlabelled],
             "pretraining": None if self.pretraining is None else self.pretraining.folder.name,
             "settings": {part: getattr(self.recipe, part).model_dump(mode="json") for part in parts},
         }
@@ -148,8 +151,10 @@ def all_runs(plan: Plan, cohort: Cohort) -> list[Run]:
                     recipe = _seeded(recipes[row.name], seed, plan.pretraining_seed)
                     learns = STARTS[row.start].pretext is not None
                     start = Pretraining(row.start, recipe, split.pretraining) if learns else None
-                    run = Run(row.name, column, split.fold, draw, seed, train, test, recipe, start)
-                    runs.append(run)
+                    others = _unlabelled(plan, split, column, train, recipe)
+                    runs.append(
+                        Run(row.name, column, split.fold, draw, seed, train, test, others, recipe, start)
+                    )
     return sorted(runs, key=lambda run: (run.fold, run.draw, run.seed))
 
 
@@ -196,6 +201,17 @@ def _repetitions(
             raise UserError(f"{column} patients are to be labelled, but draw {trial.draw} has {len(drawn)}")
         repetitions.append((trial.draw, trial.seed, cohort.labelled(drawn[: column.count]), test))
     return repetitions
+
+
+def _unlabelled(
+    plan: Plan, split: Split, column: Column, train: tuple[Case, ...], recipe: Recipe
+) -> tuple[Case, ...]:
+    """The volumes that a recipe with pseudo-labels may look at: those of the pretraining, as far as not labelled."""
+    if not recipe.finetune.pseudo_labels.share:
+        return ()
+    if column.kind == "slices" and plan.k_slices.unlabelled == "own":
+        return ()
+    return tuple(case for case in split.pretraining if case not in train)
 
 
 def _seeded(recipe: Recipe, seed: int, pretraining_seed: int | None) -> Recipe:

@@ -16,11 +16,12 @@ from kaf_model.attention import AttentionBlock, PackedKeypoints
 from kaf_model.checkpoint import Checkpoint, CheckpointError, Model, load_checkpoint
 from kaf_model.config import KeypointConfig, ModelConfig, PretrainConfig, Recipe, SliceConfig
 from kaf_model.datasets import pad_keypoints
+from kaf_model.errors import UserError
 from kaf_model.fusion import KafLayer
 from kaf_model.heads import KeypointProjection
 from kaf_model.matching import Matcher, Matches
 from kaf_model.slices import pad_to_multiple
-from kaf_model.unet import Encoder
+from kaf_model.unet import Encoder, build_encoder
 
 Kind = Literal["untrained", "pretrained", "finetuned"]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -99,7 +100,7 @@ class Explorer:
         recipe = recipe or Recipe.preset("small")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            encoder = Encoder(recipe.model)
+            encoder = _encoder(recipe.model)
         note = (
             f"Untrained: random weights (seed {seed}). What you see comes from the architecture and the image "
             "alone."
@@ -119,9 +120,11 @@ class Explorer:
         """Build the encoder of a checkpoint of either kind, and the matcher of one that has it.
 
         Raises:
+            UserError: If the encoder has other levels than a UNet's.
             CheckpointError: If the weights do not fit the configuration of the checkpoint.
+            UserError: If its network is a Swin transformer.
         """
-        encoder = Encoder(checkpoint.model)
+        encoder = _encoder(checkpoint.model)
         _load(encoder, checkpoint.weights, "encoder.")
         matching = _matching_head(checkpoint)
         return cls(
@@ -144,6 +147,7 @@ class Explorer:
         """Read a checkpoint of either kind.
 
         Raises:
+            UserError: If the encoder has other levels than a UNet's.
             CheckpointError: If the file cannot be read or its weights do not fit.
         """
         return cls.from_checkpoint(load_checkpoint(path), device=device)
@@ -199,8 +203,28 @@ class Explorer:
         )
 
 
+def _encoder(model: ModelConfig) -> Encoder:
+    encoder = build_encoder(model)
+    if not isinstance(encoder, Encoder):
+        raise UserError(
+            f"exploring needs an encoder of four halving blocks (kaf-unet, unet, fcn and the like), got a "
+            f"{model.architecture}"
+        )
+    return encoder
+
+
 def _frozen(module: AnyModule, device: str | torch.device) -> AnyModule:
     return module.to(device).eval().requires_grad_(False)
+
+
+def _encoder(config: ModelConfig) -> Encoder:
+    encoder = build_encoder(config)
+    if not isinstance(encoder, Encoder):
+        raise UserError(
+            f"a {config.architecture} has no four levels, each half as fine as the one before, to look into; choose "
+            "a model with the encoder of a UNet"
+        )
+    return encoder
 
 
 def _recorder(inputs: list[Tensor]) -> Any:
@@ -239,8 +263,8 @@ def _note(checkpoint: Checkpoint, *, has_matcher: bool) -> str:
     steps = f"{record['steps']} steps" if "steps" in record else "a number of steps that is not recorded"
     matcher = "it has a matcher" if has_matcher else "it has no matcher"
     if checkpoint.kind == "pretrained":
-        names = {"pcl": "L_PCL", "global": "L_global", "local": "L_local"}
-        losses = ", ".join(names[name] for name in record.get("losses", {}) if name in names)
+        names = {"pcl": "L_PCL", "global": "L_global", "local": "L_local", "masked": "masked images"}
+        losses = ", ".join(names.get(name, name) for name in record.get("losses", {}) if name != "total")
         return f"Pretrained without labels for {steps}{f' with {losses}' if losses else ''}; {matcher}."
     slices = len(record.get("labelled_slices", ()))
     on = f" on {slices} labelled slices" if slices else ""

@@ -9,11 +9,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from napari.utils.notifications import show_error, show_info, show_warning
 from qtpy.QtCore import QEvent, QObject, Qt
 from qtpy.QtWidgets import (
+    QAbstractSlider,
     QAbstractSpinBox,
     QComboBox,
     QFrame,
     QLabel,
     QScrollArea,
+    QScrollBar,
     QSizePolicy,
     QVBoxLayout,
     QWidget,
@@ -102,10 +104,11 @@ class Panel(QScrollArea):
 
     def showEvent(self, event: Any) -> None:
         """From the first showing on, the wheel scrolls the panel and changes no value it passes over."""
-        for kind in (QAbstractSpinBox, QComboBox):
+        for kind in (QAbstractSpinBox, QComboBox, QAbstractSlider):
             for box in self.findChildren(kind):
-                box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
-                box.installEventFilter(self)
+                if not isinstance(box, QScrollBar):
+                    box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
+                    box.installEventFilter(self)
         super().showEvent(event)
 
     def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:

@@ -590,12 +590,13 @@ def test_a_second_signal_aborts_at_once() -> None:
 
 
 def test_two_processes_train_as_one(cohort: Path, tmp_path: Path, kaf: Kaf) -> None:
-    line = ["pretrain", str(cohort / "unlabelled/images"), "--steps", "3", *TINY, *EXACT, "-o"]
+    sgd = ("--set", "pretrain.optimizer=sgd")  # Adam makes much of the last digit of a small gradient
+    line = ["pretrain", str(cohort / "unlabelled/images"), "--steps", "3", *TINY, *EXACT, *sgd, "-o"]
     one = kaf(*line, tmp_path / "one.safetensors")
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kaf_model")
     two = finish(in_a_process([*line, str(tmp_path / "two.safetensors")], *launcher))
     assert two.code == 0, two.err
-    assert two.losses == pytest.approx(one.losses, abs=1e-3)
+    assert two.losses == pytest.approx(one.losses, abs=1e-4)
     assert two.out.count("wrote ") == 1  # only the first process prints
 
 

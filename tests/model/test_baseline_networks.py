@@ -1,6 +1,8 @@
 """FCN, KAF-FCN, Swin UNETR and Swin-Unet: their form and size, the laws they share with the UNets, and their use."""
 
 import contextlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from kaf_model.checkpoint import load_model
 from kaf_model.config import AugmentConfig, FinetuneConfig, ModelConfig, SliceConfig
 from kaf_model.fcn import FcnHead
 from kaf_model.finetune import finetune
+from kaf_model.inference import InferenceNetwork
 from kaf_model.labels import LabelledVolume, SliceStatus
 from kaf_model.phantom import make_heart
 from kaf_model.segment import segment_volume
@@ -184,6 +187,19 @@ def test_slices_of_any_size(architecture, size):
     assert logits.isfinite().all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", NEW)
+def test_the_folded_network_gives_the_same_logits(architecture, monkeypatch):
+    model = network(architecture)
+    inputs = batch([7, 0, 12])
+    logits = model(*inputs)
+    monkeypatch.setattr(engine, "has_bfloat16", lambda device: False)
+    assert close(InferenceNetwork(model)(*inputs), logits)
+    monkeypatch.setattr(engine, "has_bfloat16", lambda device: True)
+    halved = InferenceNetwork(model)(*inputs)
+    assert (halved - logits).abs().max() < 0.1 * logits.abs().max()
+
+
 @pytest.mark.parametrize("architecture", NEW)
 def test_gradients_reach_every_parameter(architecture):
     model = network(architecture)
@@ -202,6 +218,17 @@ def test_widths_that_heads_do_not_divide_are_refused(architecture):
 def test_a_kaf_fcn_needs_a_level():
     with pytest.raises(ValueError, match="architecture 'fcn' for none"):
         ModelConfig(architecture="kaf-fcn", kaf_levels=())
+
+
+def test_monai_is_imported_for_swin_networks_only():
+    program = (
+        "import sys; import kaf_model.benchmark.networks, kaf_model.benchmark.starts; "
+        "from kaf_model.unet import build_network; from kaf_model.config import ModelConfig; "
+        "names = ('unet', 'unet-c2', 'kaf-unet', 'fcn', 'kaf-fcn'); "
+        "[build_network(ModelConfig(architecture=name)) for name in names]; "
+        "sys.exit('monai' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
 
 
 # The registry, and training, saving and applying what is in it

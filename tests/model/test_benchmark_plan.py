@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from kaf_model.benchmark.cohort import Case, Cohort
+from kaf_model.benchmark.cohort import Case, Cohort, patient_number
+from kaf_model.benchmark.patients import choose_patients
 from kaf_model.benchmark.plan import Plan, load_plan, plan_text, shipped_plans
 from kaf_model.benchmark.runs import all_runs, row_recipe
 from kaf_model.errors import UserError
@@ -152,6 +153,38 @@ def test_every_shipped_plan_can_be_done(name: str) -> None:
     starts = {run.row: run.pretraining.start if run.pretraining else "random" for run in runs}
     recipes = {run.row: run.recipe.model_dump_json() + starts[run.row] for run in runs}
     assert len(set(recipes.values())) == len(plan.rows), "two rows are the same method"
+
+
+def hearts_of_acdc() -> Cohort:
+    """The forty patients with numbers 1 or 2 modulo 5, two frames each."""
+    numbers = [number for number in range(1, 101) if number % 5 in (1, 2)]
+    names = [f"patient{number:03d}" for number in numbers]
+    cases = [Case(f"{name}_frame{f:02d}", name, Path(name), Path(name)) for name in names for f in (1, 12)]
+    return Cohort(tuple(cases), {1: "right ventricle"})
+
+
+def numbers_in(cases: tuple[Case, ...]) -> set[int]:
+    return {patient_number(case.patient) for case in cases}
+
+
+def test_the_report_on_acdc_learns_from_even_patients_and_tests_odd_ones() -> None:
+    runs = all_runs(load_plan("acdc-report"), hearts_of_acdc())
+    assert {run.column.kind for run in runs} == {"patients", "slices"}
+    for run in runs:
+        assert all(number % 2 for number in numbers_in(run.test))
+        learnt = run.unlabelled + (run.pretraining.cases if run.pretraining else ())
+        learnt += run.train if run.column.kind == "patients" else ()
+        assert all(number % 2 == 0 for number in numbers_in(learnt))
+
+
+def test_development_on_acdc_never_sees_an_odd_patient_nor_labels_of_the_published_test() -> None:
+    plan = load_plan("acdc-develop")
+    cohort = hearts_of_acdc()
+    kept = cohort.restricted(choose_patients(plan.data.patients, cohort.patients))
+    for run in all_runs(plan, kept):
+        seen = run.train + run.test + run.unlabelled + (run.pretraining.cases if run.pretraining else ())
+        assert all(number % 2 == 0 for number in numbers_in(seen))
+        assert not numbers_in(run.train + run.test) & {6, 16, 26, 36, 46, 56, 66, 86}
 
 
 @pytest.mark.parametrize("name", ["table-1-acdc", "table-2-acdc", "table-2-chd", "table-7-acdc"])

@@ -47,7 +47,7 @@ TINY: dict[str, Any] = {
     },
     "budgets": {"pretrain": {"steps": 2}, "finetune": {"steps": 4}},
     "rows": [
-        {"name": "UNet", "network": "unet"},
+        {"name": "UNet", "network": "unet", "settings": {"finetune": {"pseudo_labels": {"share": 0}}}},
         {"name": "KAF-SSL", "start": "kaf"},
     ],
 }
@@ -216,8 +216,34 @@ def test_slices_of_one_volume(hearts: Path, cache: KeypointCache, tmp_path: Path
     (case,) = yaml.safe_load((path / "config.yaml").read_text())["test"]
     assert written["labelled"] == [f"{case}:1", f"{case}:3"]
     assert {score.case for score in RunFolder(path).read_scores()} == {case}
-    learnt = load_checkpoint(path / "model.safetensors").history[-1]["labelled_slices"]
-    assert learnt == [f"{case}:1:complete", f"{case}:3:complete"]
+    record = load_checkpoint(path / "model.safetensors").history[-1]
+    assert record["labelled_slices"] == [f"{case}:1:complete", f"{case}:3:complete"]
+    assert record["unlabelled_slices"] == 0
+
+
+def test_a_recipe_sees_the_images_of_others_and_no_label_that_it_must_not(
+    hearts: Path, done: Path, cache: KeypointCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run_folders(done)["kaf-ssl/patients-1/fold0-draw0-seed0"]
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    assert sorted(config["unlabelled"] + config["train"]) == ["heart_000", "heart_001", "heart_002"]
+    assert load_checkpoint(path / "model.safetensors").history[-1]["unlabelled_slices"] == 2 * 4
+
+    given: list[Any] = []
+    real = runner.finetune
+
+    def noting(config: ModelConfig | None, cases: Any, *arguments: Any, **options: Any) -> Any:
+        given.append((cases, options["unlabelled"]))
+        return real(config, cases, *arguments, **options)
+
+    monkeypatch.setattr(runner, "finetune", noting)
+    plan = tiny(
+        columns={"slices": [1]}, k_slices={"volumes": 1}, rows=[{"name": "recipe", "network": "unet"}]
+    )
+    finish(work(plan, hearts, tmp_path, cache))
+    (((case,), unlabelled),) = given
+    assert [z for z in range(4) if case.labels[z].any()] == [2] == list(case.statuses)
+    assert unlabelled == ()
 
 
 @pytest.fixture(scope="module")

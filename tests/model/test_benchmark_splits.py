@@ -136,7 +136,7 @@ def plan(**changes: object) -> Plan:
             {"name": "KAF", "start": "kaf"},
             {"name": "KAF + recipe", "start": "kaf", "recipes": ["cleaned"]},
         ],
-        "recipes": {"cleaned": {"segment": {"largest_component": True}}},
+        "recipes": {"cleaned": {"segment": {"largest_component": "all"}}},
     }
     return Plan.model_validate({**content, **changes})
 
@@ -161,8 +161,23 @@ def test_report_patients_are_scored_and_nothing_else() -> None:
             assert all(int(case.patient[1:]) % 2 == 0 and case.patient != "p012" for case in run.train)
         else:
             assert run.train == run.test  # the rest of the volume whose slices are labelled
+        assert not any(int(case.patient[1:]) % 2 for case in run.unlabelled if case.labels)
+        assert not set(run.unlabelled) & {*run.train, *run.test}
         if run.pretraining is not None:
             assert not any(int(case.patient[1:]) % 2 for case in run.pretraining.cases if case.labels)
+
+
+def test_only_recipes_with_pseudo_labels_look_at_unlabelled_volumes() -> None:
+    recipes = {"plain": {"finetune": {"pseudo_labels": {"share": 0}}}}
+    rows = [{"name": "plain", "recipes": ["plain"]}, {"name": "recipe"}]
+    for unlabelled in ("own", "all"):
+        changed = plan(recipes=recipes, rows=rows, k_slices={"volumes": 1, "unlabelled": unlabelled})
+        for run in all_runs(changed, cohort_of(12)):
+            uses = run.row == "recipe" and (run.column.kind == "patients" or unlabelled == "all")
+            assert bool(run.unlabelled) == uses
+            if uses:
+                learnt = run.train if run.column.kind == "patients" else ()
+                assert len(run.unlabelled) == 6 * 2 + 1 - len(learnt)
 
 
 def test_draws_of_more_patients_hold_those_of_fewer_and_differ_from_each_other() -> None:

@@ -1,0 +1,154 @@
+"""The commands that show the main job, apply a trained model and score it: demo, segment and evaluate."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kaf_model import cli_options as options
+from kaf_model.cli_options import duration_text
+from kaf_model.cli_progress import Output
+from kaf_model.cli_settings import choose_settings
+from kaf_model.cli_train import say_notice
+from kaf_model.errors import UserError
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to.")] = Path(
+        "demo-output"
+    ),
+    time_budget: Annotated[
+        str, typer.Option("--time-budget", metavar="90s|10m|2h", help="Time until both models are trained.")
+    ] = "200s",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of weights and sampling.")] = 0,
+    device: options.Device = "auto",
+) -> None:
+    """Run the main job on a synthetic heart cohort: pretrain, finetune, segment, evaluate."""
+    from kaf_model.demo import demo_report, run_demo
+
+    out = Output()
+    seconds = options.parse_duration(time_budget)
+    started = time.monotonic()
+    result = out.run(run_demo(output, time_budget=seconds, seed=seed, device=device))
+    out.line()
+    out.line(demo_report(result))
+    out.line(f"\nTook {duration_text(time.monotonic() - started)}.")
+
+
+def segment(
+    source: Annotated[
+        Path, typer.Argument(metavar="VOLUME_OR_DIR", help="A volume, or a folder of volumes.")
+    ],
+    model: Annotated[Path, typer.Option("--model", metavar="FILE", help="Finetuned checkpoint.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="File NAME.nii.gz for one volume, or a folder: OUT/NAME.nii.gz.",
+        ),
+    ],
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", metavar="", help="Also write OUT/NAME_probabilities.nii.gz.")
+    ] = False,
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty", metavar="", help="Also write OUT/NAME_uncertainty.nii.gz: entropy from 0 to 1."
+        ),
+    ] = False,
+    flips: Annotated[
+        bool, typer.Option("--flips", metavar="", help="Average over mirrored copies; 4 times the work.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace label maps that are already in OUT.")
+    ] = False,
+    largest_component: Annotated[
+        str | None,
+        typer.Option(
+            "--largest-component",
+            metavar="learned|all|none",
+            help="Keep only the largest piece of classes that were labelled in one piece, of all, or of none.",
+        ),
+    ] = None,
+    config: options.ConfigFile = None,
+    assignments: options.SetOptions = None,
+    device: options.Device = "auto",
+    frame: options.Frame = None,
+    slice_axis: options.SliceAxis = None,
+    fill_nan: options.FillNan = None,
+) -> None:
+    """Segment a volume, or every volume of a folder, on its own grid."""
+    switches = {"probabilities": probabilities, "uncertainty": uncertainty, "flips": flips}
+    given = {"largest_component": largest_component, **{name: on or None for name, on in switches.items()}}
+    recipe = choose_settings(None, config, assignments, {"segment": given}).recipe
+
+    from kaf_model.checkpoint import load_model
+    from kaf_model.engine import choose_device
+    from kaf_model.keypoints import KeypointCache
+    from kaf_model.segment_files import plan_outputs, segment_files, write_class_names
+
+    planned = plan_outputs(source, output, overwrite=overwrite)
+    loaded = load_model(model, device=choose_device(device))
+    out = Output()
+    started = time.monotonic()
+    cache = KeypointCache()
+    work = segment_files(
+        loaded,
+        planned,
+        recipe.segment,
+        cache=cache,
+        frame=frame,
+        slice_axis=slice_axis,
+        fill_nan=fill_nan,
+    )
+    done = out.run(work)
+    if planned[0].labels != output:
+        write_class_names(output, loaded.classes)
+    failed = f", {len(done.failed)} failed" if done.failed else ""
+    took = duration_text(time.monotonic() - started)
+    out.line(f"segmented {len(done.written)} of {len(planned)} volumes in {took}{failed}: {output}")
+    say_notice(out, cache.notice)
+
+
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Label map or folder of them.")],
+    references: Annotated[
+        Path, typer.Argument(metavar="REFERENCES", help="The true ones, of the same names.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="CSV with a line per volume and class."),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            metavar="1=RV,2=MYO",
+            help="Classes to score; without it those of labels.json or dataset.json, and all others found.",
+        ),
+    ] = None,
+) -> None:
+    """Compare label maps with reference label maps: Dice, HD95 in mm, volumes in ml."""
+    named = options.parse_classes(classes) if classes is not None else None
+
+    from kaf_model.cases import class_names
+    from kaf_model.evaluate import LABEL_NAMES, evaluate_folders
+
+    folder = references if references.is_dir() else references.parent
+    if named is None and not (folder / LABEL_NAMES).is_file():
+        named = class_names(folder) or None
+    out = Output()
+    scores = out.run(evaluate_folders(predictions, references, classes=named))
+    out.line(scores.table().rstrip())
+    if output is not None:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            scores.to_csv(output)
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error.strerror}; choose another place") from error
+        out.line(f"wrote {output}: {len(scores.rows)} lines")
