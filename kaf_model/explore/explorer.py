@@ -203,16 +203,6 @@ class Explorer:
         )
 
 
-def _encoder(model: ModelConfig) -> Encoder:
-    encoder = build_encoder(model)
-    if not isinstance(encoder, Encoder):
-        raise UserError(
-            f"exploring needs an encoder of four halving blocks (kaf-unet, unet, fcn and the like), got a "
-            f"{model.architecture}"
-        )
-    return encoder
-
-
 def _frozen(module: AnyModule, device: str | torch.device) -> AnyModule:
     return module.to(device).eval().requires_grad_(False)
 
@@ -263,7 +253,7 @@ def _note(checkpoint: Checkpoint, *, has_matcher: bool) -> str:
     steps = f"{record['steps']} steps" if "steps" in record else "a number of steps that is not recorded"
     matcher = "it has a matcher" if has_matcher else "it has no matcher"
     if checkpoint.kind == "pretrained":
-        names = {"pcl": "L_PCL", "global": "L_global", "local": "L_local", "masked": "masked images"}
+        names = {"pcl": "L_PCL", "global": "L_global", "local": "L_local"}
         losses = ", ".join(names.get(name, name) for name in record.get("losses", {}) if name != "total")
         return f"Pretrained without labels for {steps}{f' with {losses}' if losses else ''}; {matcher}."
     slices = len(record.get("labelled_slices", ()))
