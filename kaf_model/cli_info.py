@@ -141,9 +141,13 @@ def _history_rows(number: int, record: Mapping[str, Any]) -> list[tuple[str, str
     if not {"stage", "date", "steps", "seconds", "losses"} <= record.keys():
         return [(label, ", ".join(f"{key} {value}" for key, value in record.items()))]
     state = "" if record.get("complete", True) else ", not finished"
+    how = f" by {record['pretext']['method']}" if record.get("pretext") else ""
     when, took = record["date"].replace("T", " "), duration_text(record["seconds"])
     lines = [
-        (label, f"{record['stage']}, {when}: {record['steps']} steps in {took} on {record['device']}{state}")
+        (
+            label,
+            f"{record['stage']}{how}, {when}: {record['steps']} steps in {took} on {record['device']}{state}",
+        )
     ]
     if record["losses"]:
         lines.append(("", losses_text(record["losses"])))

@@ -22,6 +22,7 @@ from kaf_model.unet import build_network
 
 KAF_UNET, SWIN_UNETR = "KAF-UNet", "SwinUNETR"
 _SWIN_STAGES = 4
+_SWIN_CHANNELS = 48  # as published
 _SWIN_DIVISOR = 32
 
 
@@ -55,14 +56,14 @@ def measure_costs(
     training: bool = False,
     device: torch.device | str = "cpu",
 ) -> Generator[Progress, None, list[Cost]]:
-    """Measure the KAF-UNet and MONAI's 2-D SwinUNETR on one square slice of several sizes.
+    """Measure the KAF-UNet and a 2-D SwinUNETR of MONAI's parts on one square slice of several sizes.
 
     Attention blocks are spread evenly: over the levels with a KAF layer, and over the four stages of the
-    SwinUNETR, whose feature size stays MONAI's own.
+    SwinUNETR, whose feature size is the published 48.
 
     Args:
         config: The KAF-UNet, but for its number of attention blocks.
-        edges: Heights and widths in pixels, divisible by 32.
+        edges: Heights and widths in pixels, from 64 on, divisible by 32.
         blocks: Numbers of attention blocks in the whole network.
         num_keypoints: Keypoints of the slice.
         training: Measure a forward and a backward pass instead of a forward pass.
@@ -113,12 +114,13 @@ def measure(network: nn.Module, inputs: Sequence[Tensor], *, training: bool) -> 
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         once()
     network.zero_grad(set_to_none=True)
-    peak = _peak_bytes(once, inputs[0].device)
+    peak = peak_bytes(once, inputs[0].device)
     network.zero_grad(set_to_none=True)
     return int(counter.get_total_flops()), peak
 
 
-def _peak_bytes(once: Callable[[], None], device: torch.device) -> int:
+def peak_bytes(once: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that a call holds at a time, beyond those that are there before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -145,14 +147,11 @@ def _kaf_unet(config: ModelConfig, blocks: int) -> nn.Module:
 
 
 def _swin_unetr(config: ModelConfig, blocks: int) -> nn.Module:
-    from monai.networks.nets import SwinUNETR
+    from kaf_model.swin import DEPTHS, SwinEncoder
 
-    network: nn.Module = SwinUNETR(
-        in_channels=1,
-        out_channels=config.num_classes,
-        depths=(blocks // _SWIN_STAGES,) * _SWIN_STAGES,
-        spatial_dims=2,
-    )
+    published = config.override(architecture="swin-unetr", start_channels=_SWIN_CHANNELS)
+    network = build_network(published)
+    network.encoder = SwinEncoder(published, depths=[blocks // len(DEPTHS)] * len(DEPTHS))
     return network
 
 
@@ -167,9 +166,11 @@ def _inputs(name: str, edge: int, num_keypoints: int, device: torch.device) -> l
 def _check(config: ModelConfig, edges: Sequence[int], blocks: Sequence[int]) -> None:
     if config.architecture != "kaf-unet":
         raise UserError(f"costs are those of a kaf-unet, got {config.architecture}; drop --network")
-    wrong = [edge for edge in edges if edge < _SWIN_DIVISOR or edge % _SWIN_DIVISOR]
+    wrong = [edge for edge in edges if edge < 2 * _SWIN_DIVISOR or edge % _SWIN_DIVISOR]
     if wrong:
-        raise UserError(f"the SwinUNETR wants edges that divide by {_SWIN_DIVISOR}, got {wrong[0]}")
+        raise UserError(
+            f"the SwinUNETR wants edges from {2 * _SWIN_DIVISOR} that divide by {_SWIN_DIVISOR}, got {wrong[0]}"
+        )
     levels = len(config.kaf_levels)
     uneven = [count for count in blocks if count < 1 or count % levels or count % _SWIN_STAGES]
     if uneven:

@@ -282,16 +282,6 @@ class PretrainConfig(TrainingConfig):
     weight_local: float = Field(
         0.01, ge=0, description="w3: weight of L_local, the keypoint matching (Eq. 3)."
     )
-    weight_masked: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the masked-image loss: hidden patches of each view are filled in by a decoder, which "
-        "finetuning then starts from as well. Not in the paper.",
-    )
-    masked_share: float = Field(
-        0.4, gt=0, lt=1, description="Part of the patches of a view that the masked-image loss hides."
-    )
-    masked_patch: int = Field(16, gt=0, description="Side of these patches in pixels.")
     temperature: float = Field(0.1, gt=0, description="Temperature of the contrastive losses (Eq. 1).")
     contrastive_scale: float = Field(
         1.0, gt=0, description="Factor on both contrastive losses; published: temperature / 0.07."
@@ -306,8 +296,20 @@ class PretrainConfig(TrainingConfig):
         description="The second view is a slice within this part of the volume, never itself.",
     )
     projection_width: int = Field(512, gt=0, description="Width of the global embeddings.")
+    normalised_head: bool = Field(
+        True,
+        description="Batch normalisation in the head of the bottleneck; published: none, which takes thousands of "
+        "steps to tell slices apart.",
+    )
     matching_rounds: int = Field(2, ge=0, description="Rounds of self- and cross-attention before matching.")
-    sinkhorn_iterations: int = Field(100, gt=0, description="Iterations of the optimal transport.")
+    sinkhorn_iterations: int = Field(
+        100, ge=0, description="Iterations of the optimal transport; 0 takes a dual softmax instead."
+    )
+    sinkhorn_tolerance: float = Field(
+        0.0,
+        ge=0,
+        description="Change of the transport's potentials below which it stops early; 0 never does.",
+    )
     matched_weight: float = Field(
         0.45, ge=0, description="Weight of the mean over matched keypoints in L_local."
     )
@@ -338,6 +340,12 @@ class PseudoLabelConfig(Settings):
         0.15, gt=0, le=1, description="Part of the training after which pseudo-labels are renewed."
     )
     slices: int = Field(200, gt=0, description="Slices that are pseudo-labelled at a time, at least.")
+    least_slices: int = Field(
+        50,
+        ge=1,
+        description="With fewer unlabelled slices there are no pseudo-labels: of a few slices the model learns its "
+        "own mistakes.",
+    )
     volumes: int = Field(100, gt=0, description="At most this many volumes without labels are used.")
     confidence: float = Field(
         0.9, ge=0, le=1, description="Pixels of lower probability are left out, as if nobody had painted."
@@ -430,6 +438,7 @@ _PUBLISHED_PRETRAIN = {
     "weight_decay": 1e-5,
     "gradient_clip": None,
     "contrastive_scale": 0.1 / 0.07,
+    "normalised_head": False,
 }
 _PUBLISHED_FINETUNE = {
     "steps": None,

@@ -147,7 +147,8 @@ class PseudoLabels:
     def is_due(self, fraction: float) -> bool:
         """Whether the next round is due at a fraction 0..1 of the training."""
         due = self.config.start + self.round * self.config.every
-        return bool(self._pool) and due <= fraction < 1
+        num_free = sum(len(volume.free) for volume in self._pool)
+        return num_free >= self.config.least_slices and due <= fraction < 1
 
     def renew(
         self, network: InferenceNetwork, device: torch.device

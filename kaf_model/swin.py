@@ -9,6 +9,8 @@ training is drawn from its seed and step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from monai.networks.nets.swin_unetr import (
     BasicLayer,
@@ -36,7 +38,13 @@ class SwinEncoder(FeatureEncoder):
     wide and the last stage, the bottleneck, keeps its size. Either way the bottleneck is 1/32 of the slice.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, depths: Sequence[int] = DEPTHS) -> None:
+        """Build the encoder of a Swin network.
+
+        Args:
+            config: Architecture.
+            depths: Attention blocks of each stage.
+        """
         super().__init__()
         self.is_unetr = config.architecture == "swin-unetr"
         channels = config.start_channels
@@ -46,7 +54,7 @@ class SwinEncoder(FeatureEncoder):
             embed_dim=channels,
             window_size=(WINDOW, WINDOW),
             patch_size=(patch, patch),
-            depths=DEPTHS,
+            depths=depths,
             num_heads=HEADS,
             patch_norm=not self.is_unetr,
             spatial_dims=2,

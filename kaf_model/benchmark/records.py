@@ -8,9 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +16,7 @@ from typing import Any, TextIO
 import yaml
 
 from kaf_model.errors import UserError
+from kaf_model.text_files import write_atomically
 from kaf_model.training_files import resume_path
 
 
@@ -32,9 +31,10 @@ class CaseScore:
         name: Name of the class.
         dice: 0..1; nan when neither prediction nor reference holds the class. With k labelled slices, of the
             others alone.
-        hd95_mm: 95th percentile of the surface distances; nan when one lacks the class. With k labelled
-            slices, of the whole volume, these taken as labelled.
-        prediction_ml: Volume of the class in the prediction, over the same slices as `hd95_mm`.
+        volume_dice: With k labelled slices, of the whole volume, these taken as labelled; else `dice`.
+        hd95_mm: 95th percentile of the surface distances, over the same slices as `volume_dice`; nan when one
+            lacks the class.
+        prediction_ml: Volume of the class in the prediction, over the same slices.
         reference_ml: The same in the reference.
         voxels: Voxels of the class in prediction and reference together, over the same slices as `dice`: the
             weight of `dice` in a Dice pooled over volumes.
@@ -45,6 +45,7 @@ class CaseScore:
     value: int
     name: str
     dice: float
+    volume_dice: float
     hd95_mm: float
     prediction_ml: float
     reference_ml: float
@@ -184,7 +185,7 @@ class RunFolder:
                     voxels=int(line["voxels"]),
                     **{
                         name: _number(line[name])
-                        for name in ("dice", "hd95_mm", "prediction_ml", "reference_ml")
+                        for name in ("dice", "volume_dice", "hd95_mm", "prediction_ml", "reference_ml")
                     },
                 )
                 for line in csv.DictReader(file)
@@ -200,17 +201,6 @@ class RunFolder:
         content = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
         content["flops_shape"] = tuple(content["flops_shape"])
         return RunResult(**{**content, "labelled": tuple(content["labelled"])})
-
-
-def write_atomically(path: Path, write: Callable[[TextIO], object]) -> None:
-    """Write a text file that appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _number(text: str) -> float:

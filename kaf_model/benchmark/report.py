@@ -9,11 +9,11 @@ from io import StringIO
 from pathlib import Path
 
 from kaf_model.benchmark.curves import learning_curves
-from kaf_model.benchmark.records import write_atomically
 from kaf_model.benchmark.results import Cell, Results, read_results
 from kaf_model.benchmark.runs import Column
 from kaf_model.benchmark.statistics import Comparison, Spread
 from kaf_model.errors import UserError
+from kaf_model.text_files import write_atomically
 
 _REPETITIONS = {
     "strict": "Per-volume Dice of the last step, no slice left out. Mean (standard deviation) over repetitions: "
@@ -73,6 +73,12 @@ def markdown_report(results: Results) -> str:
     parts.append(_REPETITIONS[plan.protocol.kind])
     parts.append(_table(_dice_table(results)))
     parts.append(_costs_note(results))
+    if any(column.kind == "slices" for column in results.columns):
+        parts.append(
+            "With k labelled slices, the Dice above is that of the other slices of the volume, which are fewer and "
+            "others for each k. Of the whole volume, the labelled slices taken as they are labelled, it is:"
+        )
+        parts.append(_table(_volume_table(results)))
     if any(cell.comparison for cell in results.cells.values()):
         parts.append(
             f"**{plan.reference_row} against the others**: p of Wilcoxon's signed-rank test, two-sided, and the "
@@ -98,6 +104,7 @@ def csv_report(results: Results) -> str:
         numbers = [
             cell.dice.mean,
             cell.dice.std,
+            cell.volume_dice.mean,
             compared.p_value,
             compared.difference,
             compared.pairs,
@@ -110,7 +117,18 @@ def csv_report(results: Results) -> str:
 
 
 _CSV_COLUMNS = (
-    *("row", "kind", "count", "repetitions", "dice_mean", "dice_std", "p_value", "difference", "pairs"),
+    *(
+        "row",
+        "kind",
+        "count",
+        "repetitions",
+        "dice_mean",
+        "dice_std",
+        "volume_dice_mean",
+        "p_value",
+        "difference",
+        "pairs",
+    ),
     *("parameters", "gigaflops", "steps", "seconds", "pretraining_steps", "pretraining_seconds"),
 )
 _COSTS = _CSV_COLUMNS.index("parameters")
@@ -135,6 +153,15 @@ def _dice(cell: Cell | None, best: dict[Column, float]) -> str:
         return "-"
     text = _mean_and_std(cell.dice)
     return f"**{text}**" if cell.dice.mean == best[cell.column] else text
+
+
+def _volume_table(results: Results) -> list[list[str]]:
+    columns = [column for column in results.columns if column.kind == "slices"]
+    lines = [["", *map(str, columns)]]
+    for row in results.rows:
+        cells = [results.cells.get((row, column)) for column in columns]
+        lines.append([row, *("-" if cell is None else _mean_and_std(cell.volume_dice) for cell in cells)])
+    return lines
 
 
 def _costs(cells: list[Cell]) -> list[str]:

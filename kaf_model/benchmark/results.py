@@ -18,6 +18,7 @@ from kaf_model.benchmark.statistics import (
     class_dice,
     compare_paired,
     dice_by_volume,
+    mean_dice,
     trial_dice,
 )
 from kaf_model.errors import UserError
@@ -52,6 +53,7 @@ class Cell:
         row: Method.
         column: How much is labelled.
         dice: Over the repetitions.
+        volume_dice: With k labelled slices, of the whole volumes, these taken as labelled; else per-volume Dice.
         classes: Mean Dice by class name.
         comparison: The reference row against this one; None for the reference itself.
         runs: The repetitions.
@@ -60,6 +62,7 @@ class Cell:
     row: str
     column: Column
     dice: Spread
+    volume_dice: Spread
     classes: dict[str, float]
     comparison: Comparison | None
     runs: tuple[FinishedRun, ...]
@@ -138,7 +141,8 @@ def _cell(plan: Plan, row: str, column: Column, runs: Sequence[FinishedRun], ref
     if row != reference:
         comparison = compare_paired(_paired(against), _paired(own))
     dice = Spread.of(trial_dice(run.scores, plan.protocol.kind) for run in own)
-    return Cell(row, column, dice, class_dice(scores), comparison, tuple(own))
+    volume_dice = Spread.of(mean_dice(run.scores, "volume_dice") for run in own)
+    return Cell(row, column, dice, volume_dice, class_dice(scores), comparison, tuple(own))
 
 
 def _paired(runs: Sequence[FinishedRun]) -> dict[Pair, float]:

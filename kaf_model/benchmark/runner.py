@@ -20,13 +20,13 @@ from lightning_fabric import Fabric
 from kaf_model.benchmark.cohort import Case, Cohort, read_case
 from kaf_model.benchmark.costs import costs_of
 from kaf_model.benchmark.plan import Plan
-from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult, write_atomically
+from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult
 from kaf_model.benchmark.runs import Pretraining, Run, all_runs, read_cohort
-from kaf_model.benchmark.scoring import pooled_dice, score_cases
+from kaf_model.benchmark.scoring import score_cases
 from kaf_model.benchmark.selection import best_step, keeping_best, read_measurements, steps_between
 from kaf_model.benchmark.splits import slices_to_label
 from kaf_model.benchmark.starts import STARTS
-from kaf_model.benchmark.statistics import volume_dice
+from kaf_model.benchmark.statistics import trial_dice
 from kaf_model.checkpoint import Model, load_header, load_model, now
 from kaf_model.engine import NonFiniteLoss, make_fabric
 from kaf_model.errors import UserError
@@ -34,6 +34,7 @@ from kaf_model.finetune import finetune
 from kaf_model.keypoints import KeypointCache
 from kaf_model.labels import LabelledVolume
 from kaf_model.progress import Progress
+from kaf_model.text_files import write_atomically
 from kaf_model.volume_queue import VolumeFiles
 
 _COST_SHAPE = (256, 256)  # of the slice whose operations are counted where trainings do not crop
@@ -156,7 +157,7 @@ class _Workplace:
         result = self._result(run, folder, model, labelled, start)
         folder.write_result(result)
         kind = "pooled Dice" if self._plan.protocol.kind == "paper" else "Dice"
-        dice = pooled_dice(scores) if self._plan.protocol.kind == "paper" else volume_dice(scores)
+        dice = trial_dice(scores, self._plan.protocol.kind)
         return f"{run}: {kind} {dice:.3f} after {result.steps} steps in {result.seconds:.0f} s"
 
     def _pretrained(self, pretraining: Pretraining) -> Generator[Progress, None, Path]:

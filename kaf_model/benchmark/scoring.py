@@ -81,6 +81,7 @@ def compare(
             value=score.value,
             name=score.name,
             dice=counted.dice,
+            volume_dice=score.dice,
             hd95_mm=score.hd95_mm,
             prediction_ml=score.prediction_ml,
             reference_ml=score.reference_ml,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from kaf_model.benchmark.scoring import pooled_dice
 
 Pair = tuple[str, int, int, int]
 """What two methods must share to be compared: case, fold, draw and seed."""
+DiceField = Literal["dice", "volume_dice"]
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,22 @@ class Comparison:
     pairs: int
 
 
-def dice_by_volume(scores: Sequence[CaseScore]) -> dict[str, float]:
+def dice_by_volume(scores: Sequence[CaseScore], field: DiceField = "dice") -> dict[str, float]:
     """Mean Dice over the classes of each volume; a class that is in neither label map does not count."""
     by_case: dict[str, list[float]] = {}
     for score in scores:
-        by_case.setdefault(score.case, []).append(score.dice)
+        by_case.setdefault(score.case, []).append(getattr(score, field))
     return {case: Spread.of(dice).mean for case, dice in by_case.items()}
 
 
-def volume_dice(scores: Sequence[CaseScore]) -> float:
+def mean_dice(scores: Sequence[CaseScore], field: DiceField = "dice") -> float:
     """Mean over volumes of their mean Dice, the strict protocol's measure."""
-    return Spread.of(dice_by_volume(scores).values()).mean
+    return Spread.of(dice_by_volume(scores, field).values()).mean
 
 
 def trial_dice(scores: Sequence[CaseScore], protocol: str) -> float:
     """The Dice of one repetition: pooled over voxels by the paper's protocol, else per volume."""
-    return pooled_dice(scores) if protocol == "paper" else volume_dice(scores)
+    return pooled_dice(scores) if protocol == "paper" else mean_dice(scores)
 
 
 def class_dice(scores: Sequence[CaseScore]) -> dict[str, float]:

@@ -122,6 +122,7 @@ class Explorer:
         Raises:
             UserError: If the encoder has other levels than a UNet's.
             CheckpointError: If the weights do not fit the configuration of the checkpoint.
+            UserError: If its network is a Swin transformer.
         """
         encoder = _encoder(checkpoint.model)
         _load(encoder, checkpoint.weights, "encoder.")
@@ -253,7 +254,7 @@ def _note(checkpoint: Checkpoint, *, has_matcher: bool) -> str:
     matcher = "it has a matcher" if has_matcher else "it has no matcher"
     if checkpoint.kind == "pretrained":
         names = {"pcl": "L_PCL", "global": "L_global", "local": "L_local"}
-        losses = ", ".join(names[name] for name in record.get("losses", {}) if name in names)
+        losses = ", ".join(names.get(name, name) for name in record.get("losses", {}) if name != "total")
         return f"Pretrained without labels for {steps}{f' with {losses}' if losses else ''}; {matcher}."
     slices = len(record.get("labelled_slices", ()))
     on = f" on {slices} labelled slices" if slices else ""

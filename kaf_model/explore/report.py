@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kaf_model.config import CorrespondenceConfig
+from kaf_model.config import CorrespondenceConfig, KeypointConfig, SliceConfig
 from kaf_model.correspondences import find_correspondences
 from kaf_model.errors import UserError
 from kaf_model.explore.equivariance import NUM_VIEWS, augment_slice, equivariance_errors
@@ -27,6 +27,8 @@ from kaf_model.volume import Unreadable, Volume
 RADII = (5.0, 10.0, 20.0, 30.0, 40.0)
 TOLERANCE = 3.0
 """Pixels within which a match is right."""
+
+_OF_DETECTION = ("keypoints a slice", "share on foreground", "matched share")
 
 LabelsOf = Callable[[Volume], NDArray[np.integer] | None]
 
@@ -162,37 +164,50 @@ def explore_report(
         UserError: If no volume can be read or no slice has keypoints.
     """
     tallies = {name: _Tally() for name in explorers}
+    detected: dict[tuple[SliceConfig, KeypointConfig], str] = {}
     notices = [f"{name}: {explorer.note}" for name, explorer in explorers.items()]
     passed_over: list[str] = []
     num_volumes = num_labelled = 0
+    total = len(volumes) if isinstance(volumes, Sized) else None
     for number, volume in enumerate(volumes, start=1):
         if isinstance(volume, Unreadable):
             passed_over.append(f"passed over {volume.path.name}: {volume.reason}")
-            yield Progress("measuring volumes", number, None, message=passed_over[-1])
+            yield Progress("measuring volumes", number, total, message=passed_over[-1])
             continue
         labels = labels_of(volume) if labels_of else None
         num_volumes += 1
         num_labelled += labels is not None
         for name, explorer in explorers.items():
             view = VolumeView(explorer, volume, cache=cache)
-            _count_keypoints(tallies[name], view, labels)
-            _match_neighbours(tallies[name], view, radii)
+            detection = explorer.slices, explorer.keypoints
+            if detected.setdefault(detection, name) == name:  # what no network changes is measured once
+                _count_keypoints(tallies[name], view, labels)
+                _match_neighbours(tallies[name], view, radii)
             for z in spread(view.num_slices, slices_per_volume):
                 _match_known(tallies[name], view, z, seed)
                 for error in equivariance_errors(view, z, num_points=num_points, seed=seed):
                     level = f"level {error.level}"
                     tallies[name].add("equivariance error", level, error.error, error.num_points)
                     tallies[name].add("equivariance error / chance", level, error.relative, error.num_points)
-            yield Progress("measuring volumes", number, None)
+            yield Progress("measuring volumes", number, total)
     if not num_volumes:
         raise UserError(f"no volume can be read: {passed_over[0] if passed_over else 'there was none'}")
-    numbers = tuple(one for name, tally in tallies.items() for one in tally.numbers(name))
+    numbers: list[Number] = []
+    for name, explorer in explorers.items():
+        first = detected[explorer.slices, explorer.keypoints]
+        if first != name:
+            numbers += [
+                replace(one, model=name)
+                for one in numbers
+                if one.model == first and one.quantity in _OF_DETECTION
+            ]
+        numbers += tallies[name].numbers(name)
     if all(one.value == 0 for one in numbers if one.condition == "maximum"):
         raise UserError(
             "no slice has a keypoint; a lower keypoints.contrast_threshold finds more, or the volumes are empty"
         )
     notices.append(f"{num_volumes} volumes, {num_labelled} of them with labels")
-    return ExploreReport(numbers, (*notices, *passed_over))
+    return ExploreReport(tuple(numbers), (*notices, *passed_over))
 
 
 def spread(num_slices: int, count: int) -> list[int]:

@@ -30,7 +30,7 @@ def curves_figure(runs: Mapping[str, Columns], *, title: str = "") -> Figure:
     """
     found = list(dict.fromkeys(name for run in runs.values() for name in run if name != "step"))
     quantities = [name for name in found if name != HELD_OUT] + [name for name in found if name == HELD_OUT]
-    columns = min(len(quantities), 3)
+    columns = 2 if len(quantities) == 4 else min(len(quantities), 3)
     rows = -(-len(quantities) // columns)
     figure = Figure(figsize=(2.9 * columns, 2.2 * rows + 0.5), layout="constrained", facecolor="white")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()

@@ -126,7 +126,7 @@ def segmentation_comparison(
     side = 1.5
     figure = Figure(
         figsize=(side * (len(predictions) + 2), (side * down / across + 0.2) * len(images) + 0.7),
-        layout="constrained",
+        layout="compressed",
         facecolor="white",
     )
     panels = figure.subplots(len(images), len(predictions) + 2, squeeze=False)

@@ -1,6 +1,8 @@
 """FCN, KAF-FCN, Swin UNETR and Swin-Unet: their form and size, the laws they share with the UNets, and their use."""
 
 import contextlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -216,6 +218,17 @@ def test_widths_that_heads_do_not_divide_are_refused(architecture):
 def test_a_kaf_fcn_needs_a_level():
     with pytest.raises(ValueError, match="architecture 'fcn' for none"):
         ModelConfig(architecture="kaf-fcn", kaf_levels=())
+
+
+def test_monai_is_imported_for_swin_networks_only():
+    program = (
+        "import sys; import kaf_model.benchmark.networks, kaf_model.benchmark.starts; "
+        "from kaf_model.unet import build_network; from kaf_model.config import ModelConfig; "
+        "names = ('unet', 'unet-c2', 'kaf-unet', 'fcn', 'kaf-fcn'); "
+        "[build_network(ModelConfig(architecture=name)) for name in names]; "
+        "sys.exit('monai' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
 
 
 # The registry, and training, saving and applying what is in it

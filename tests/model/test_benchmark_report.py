@@ -17,7 +17,7 @@ from kaf_model.benchmark.report import write_report
 from kaf_model.benchmark.results import read_results
 from kaf_model.benchmark.runs import Column
 from kaf_model.benchmark.scoring import compare, pooled_dice
-from kaf_model.benchmark.statistics import Spread, compare_paired, volume_dice
+from kaf_model.benchmark.statistics import Spread, compare_paired, mean_dice
 from kaf_model.errors import UserError
 from kaf_model.labels import LabelledVolume, SliceStatus
 from kaf_model.volume import Volume
@@ -27,7 +27,8 @@ CLASSES = {1: "left ventricle", 2: "myocardium"}
 
 
 def score(case: str, dice: float, *, value: int = 1, voxels: int = 10) -> CaseScore:
-    return CaseScore(case, case, value, CLASSES[value], dice, math.nan, 1.0, 2.0, voxels)
+    whole = (1 + dice) / 2
+    return CaseScore(case, case, value, CLASSES[value], dice, whole, math.nan, 1.0, 2.0, voxels)
 
 
 def truth(labels: np.ndarray, labelled: tuple[int, ...] = ()) -> LabelledVolume:
@@ -54,11 +55,12 @@ def test_labelled_slices_do_not_count_for_dice_but_for_the_volume() -> None:
     one, two = compare(CASE, predicted, truth(reference, (0,)), CLASSES, without_labelled=True)
     assert one.dice == pytest.approx(2 * (4 + 1) / (4 + 4 + 4 + 2))
     assert one.voxels == 14
+    assert one.volume_dice == pytest.approx(2 * (4 + 4 + 1) / (12 + 4 + 4 + 2))
     assert one.prediction_ml == pytest.approx((4 + 4 + 2) * 8 / 1000)
     assert one.reference_ml == pytest.approx(12 * 8 / 1000)
     assert math.isnan(two.dice)
     whole, _ = compare(CASE, predicted, truth(reference, (0,)), CLASSES)
-    assert whole.dice == pytest.approx(2 * (4 + 1) / (12 + 6))
+    assert whole.dice == whole.volume_dice == pytest.approx(2 * (4 + 1) / (12 + 6))
 
 
 def test_dice_pooled_over_voxels() -> None:
@@ -74,7 +76,7 @@ def test_dice_pooled_over_voxels() -> None:
 
 def test_dice_per_volume() -> None:
     scores = [score("a", 0.4), score("a", 0.6, value=2), score("b", 0.9), score("b", math.nan, value=2)]
-    assert volume_dice(scores) == pytest.approx((0.5 + 0.9) / 2)
+    assert mean_dice(scores) == pytest.approx((0.5 + 0.9) / 2)
 
 
 def test_spread() -> None:
@@ -183,6 +185,7 @@ def test_the_tables_by_hand(benchmark: Path) -> None:
         "| UNet | p = 0.125, +0.200 (n = 4) | p = 0.500, +0.200 (n = 2) | p = 1.000, -0.100 (n = 1) |"
         in lines
     )
+    assert "| Ours | 0.900 |" in lines  # of the whole volume at k = 3: (1 + 0.8) / 2
     assert "Not finished: UNet at M = 2 (1 done)." in lines
     assert "Never" not in text
     assert "of 48 x 64 pixels with 128 keypoints" in text

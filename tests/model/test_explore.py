@@ -76,6 +76,13 @@ def test_three_kinds_of_network_say_what_they_are(tmp_path):
         assert all(torch.equal(own[name], value) for name, value in finetuned.encoder.named_parameters())
 
 
+def test_networks_without_four_halving_blocks_are_refused():
+    recipe = tiny_recipe()
+    swin = recipe.override(model=recipe.model.override(architecture="swin-unetr", start_channels=12))
+    with pytest.raises(UserError, match="a swin-unetr has no four levels"):
+        Explorer.untrained(swin)
+
+
 def test_an_untrained_network_is_that_of_its_seed_and_leaves_the_random_state_alone():
     torch.manual_seed(1)
     expected = torch.rand(3)

@@ -18,7 +18,7 @@ from kaf_model.volume import Unreadable, Volume
 
 CPU = torch.device("cpu")
 CLASSES = ClassMap((ClassLabel(0, "background"), ClassLabel(4, "one"), ClassLabel(7, "two")))
-CONFIG = PseudoLabelConfig(slices=3, confidence=0.8)
+CONFIG = PseudoLabelConfig(slices=3, confidence=0.8, least_slices=1)
 COMPLETE, PARTIAL, EMPTY = SliceStatus.COMPLETE, SliceStatus.PARTIAL, SliceStatus.EMPTY
 
 
@@ -140,6 +140,14 @@ def test_rounds_are_due_at_their_fractions():
     assert [pseudo.is_due(fraction) for fraction in (0.1, 0.2, 0.4, 1.0)] == [False, True, True, False]
     pseudo.round = 1
     assert [pseudo.is_due(fraction) for fraction in (0.4, 0.5)] == [False, True]
+
+
+@pytest.mark.parametrize(("least", "due"), [(4, True), (5, False)])
+def test_a_few_slices_are_not_pseudo_labelled(least, due):
+    pool = pool_of([], [volume(2, "a"), volume(2, "b")])
+    config = CONFIG.override(least_slices=least)
+    pseudo = PseudoLabels(pool, CLASSES, config, one_piece=frozenset(), seed=0)
+    assert pseudo.is_due(0.5) is due
 
 
 def test_the_state_brings_the_labels_back(monkeypatch):

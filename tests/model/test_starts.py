@@ -15,6 +15,7 @@ from kaf_model.benchmark.starts.pirl import Pirl, PirlNetwork, jigsaw
 from kaf_model.benchmark.starts.rotation import RotationPrediction, quarter_turns
 from kaf_model.benchmark.starts.views import SliceViews
 from kaf_model.checkpoint import count_parameters, load_checkpoint
+from kaf_model.cli_info import describe_file, info_rows
 from kaf_model.config import (
     AugmentConfig,
     FinetuneConfig,
@@ -97,7 +98,9 @@ def prepared():
 
 
 def same(first, second):
-    """Whether two batches agree, nested tuples of tensors and numbers."""
+    """Whether two batches agree, nested tuples of tensors, numbers and nothing."""
+    if first is None or second is None:
+        return first is second
     if isinstance(first, tuple):
         return all(same(a, b) for a, b in zip(first, second, strict=True))
     return bool(torch.equal(torch.as_tensor(first), torch.as_tensor(second)))
@@ -124,6 +127,9 @@ def test_a_start_trains_stops_resumes_and_starts_a_finetuning(name, tmp_path):
     assert checkpoint.history[0].get("pretext", {}).get("method") == (
         None if name in ("kaf", "pcl") else name
     )
+
+    told = " ".join(text for _, text in info_rows(path, describe_file(path)))
+    assert (f"pretraining by {name}, " in told) == (name not in ("kaf", "pcl"))
 
     volume, labels = heart(5)
     case = LabelledVolume(volume, labels, {1: SliceStatus.COMPLETE})
@@ -166,6 +172,14 @@ def test_a_start_learns(name, tmp_path):
     for term in {"total"} | LOSSES[name]:
         values = [entry[term] for entry in result.curve]
         assert np.mean(values[-8:]) < 0.9 * np.mean(values[:8]), (term, values)
+
+
+def test_pcl_is_one_loss_whatever_the_recipe_weighs(tmp_path):
+    recipe = RECIPE.override(pretrain=PRETRAIN.override(steps=1, weight_global=2.0))
+    _, result = pretrain("pcl", tmp_path / "p.safetensors", recipe)
+    assert set(result.curve[0]) == {"step", "total", "pcl"}
+    _, result = pretrain("kaf", tmp_path / "k.safetensors", recipe)
+    assert set(result.curve[0]) == {"step", "total", "pcl", "global", "local"}
 
 
 def test_random_weights_are_no_start(tmp_path):
