@@ -278,6 +278,6 @@ def _add(viewer: ViewerModel, opened: OpenVolume, data: NDArray[Any], name: str,
     }
     if role == "uncertainty":
         return viewer.add_image(
-            data, colormap="magma", blending="additive", contrast_limits=(0, 1), **arguments
+            data, colormap="magma", blending="additive", opacity=0.5, contrast_limits=(0, 1), **arguments
         )
     return viewer.add_labels(data, **arguments)

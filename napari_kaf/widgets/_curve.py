@@ -1,4 +1,4 @@
-"""Live curves of named values against the step, redrawn at most ten times a second."""
+"""Live curves of named values against the step, redrawn at most a few times a second."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qtpy.QtWidgets import QVBoxLayout, QWidget
 
 from napari_kaf.widgets._panel import say, words
 
-_REDRAW = 100  # milliseconds
+_REDRAW = 400  # milliseconds; each time the whole window is composed anew, canvas and all
 _PENS = ("#e69f00", "#56b4e9", "#00b37a", "#d55e00", "#cc79a7", "#f0e442")
 _MOST_POINTS = 2000  # older ones are thinned out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from qtpy.QtWidgets import QProgressBar, QPushButton, QVBoxLayout, QWidget
 from kaf_model.errors import UserError
 from napari_kaf._jobs import Job, Report, Task
 from napari_kaf.widgets._panel import Life, answering, say, words
+
+_SHOWN_EVERY = 0.25  # seconds; to repaint anything draws the canvas again, which training has to wait for
 
 
 class JobRow(QWidget):
@@ -103,7 +106,8 @@ class JobRow(QWidget):
             self.say(nothing)
 
         self._running = True
-        self.bar.setRange(0, 0)
+        self._shown = (0.0, "")
+        self._fill(0, None)
         self.bar.setVisible(True)
         self.say("Starting…")
         self.life.job = Job(
@@ -132,17 +136,25 @@ class JobRow(QWidget):
         progress, job = report.progress, self.life.job
         if progress.message:
             show_info(progress.message)
-        self.bar.setRange(0, progress.total or 0)
-        self.bar.setValue(min(progress.step, progress.total or 0))
         if job is None:
             return
         if progress.losses:
             job.has_something = True
+        now, (last, stage) = time.monotonic(), self._shown
+        if stage == progress.stage and now < last + _SHOWN_EVERY and not job.control.cancelled:
+            return
+        self._shown = now, progress.stage
+        self._fill(progress.step, progress.total)
         if job.control.cancelled:
             self.button.setEnabled(not job.control.in_a_hurry)
             self.say(f"Stopping; {progress.stage}…" if not progress.losses else "Stopping…")
         else:
             self.say(describe(report))
+
+    def _fill(self, step: int, total: int | None) -> None:
+        """Show how far it is; an unknown total is an empty bar, for a moving one repaints the window all the time."""
+        self.bar.setRange(0, total or 1)
+        self.bar.setValue(min(step, total or 0))
 
     def _ended(self) -> None:
         self._running = False

@@ -78,7 +78,11 @@ class SegmentWidget(Panel):
         self.table = QTableWidget(0, len(_COLUMNS))
         self.table.setHorizontalHeaderLabels(_COLUMNS)
         self.table.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
+        self.table.setTabKeyNavigation(False)
         self.table.setMinimumHeight(140)
+        rows = self.table.verticalHeader()
+        assert rows is not None
+        rows.setVisible(False)
         self.table.setAccessibleName("Volumes and scores of each class")
         self.column.addWidget(self.table)
         self.csv = QPushButton("Save CSV…")

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from kaf_model.errors import UserError
+from kaf_model.progress import Progress
 from napari_kaf import _layers
 from napari_kaf._finetune_task import FinetuneRequest
+from napari_kaf._jobs import Report
 from napari_kaf._keys import KEYS
 from napari_kaf._ledger import Cell
 
@@ -324,3 +326,22 @@ def test_a_class_that_is_not_painted_is_not_trained(labelled, monkeypatch):
     panel.training.start()
     time.sleep(0.2)
     assert asked[0].class_names == {1: "structure"}
+
+
+def test_while_it_trains_nothing_moves_in_the_window_by_itself(labelled, qtbot, monkeypatch):
+    _viewer, panel = labelled
+    ended = threading.Event()
+
+    def waiting(request: FinetuneRequest, control: object):
+        yield Report(Progress("loading the engine", 0, None))
+        ended.wait(60)
+
+    monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", waiting)
+    panel.training.row.button.click()
+    bar = panel.training.row.bar
+    qtbot.waitUntil(lambda: panel.training.row.status.text() == "Loading the engine")
+    assert bar.maximum() > bar.minimum()  # a bar without a range is animated, and each frame draws the canvas
+    assert bar.value() == 0
+    panel.training.row.button.click()
+    ended.set()
+    finish(panel, qtbot)
