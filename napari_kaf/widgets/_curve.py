@@ -34,6 +34,7 @@ class LiveCurve(QWidget):
         self.plot.hideButtons()
         self.plot.setLabel("bottom", "step")
         self.plot.setLabel("left", quantity)
+        self.plot.getAxis("left").enableAutoSIPrefix(False)
         self._legend = words()
         self.plot.setFixedHeight(150)
         column = QVBoxLayout(self)
