@@ -76,10 +76,12 @@ def measure_costs(
         The costs: for each number of blocks the KAF-UNet at all edges, then the SwinUNETR.
 
     Raises:
-        UserError: If an edge or a number of blocks does not divide.
+        UserError: If an edge or a number of blocks does not divide, or the device counts no memory.
     """
     _check(config, edges, blocks)
     device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"peak memory is counted on cpu and cuda, not on {device.type}; use --device cpu")
     costs: list[Cost] = []
     total = 2 * len(blocks) * len(edges)
     for count in blocks:

@@ -218,7 +218,7 @@ class Trainer:
             buffers = [buffer.clone() for buffer in self.raw_module.buffers()]
             try:
                 message = self._step(batch_at)
-            except NonFiniteLoss:
+            except BaseException:
                 for buffer, before in zip(self.raw_module.buffers(), buffers, strict=True):
                     buffer.copy_(before)  # the forward pass has spoilt the running statistics
                 raise

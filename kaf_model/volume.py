@@ -122,6 +122,16 @@ class Volume:
         ascending = nib.io_orientation(self.affine)[0, 1] > 0
         return positions if ascending else positions[::-1].copy()
 
+    def along(self, slice_axis: int) -> Volume:
+        """Return the same voxels cut into slices along another stored axis.
+
+        Args:
+            slice_axis: Stored axis (0, 1 or 2) that becomes Z.
+        """
+        source = choose_source(self.source, slice_axis, self.source.frame)
+        array = np.ascontiguousarray(source.to_display(self.to_stored(self.array)))
+        return _volume(array, source, self.notices)
+
     def to_stored(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return a (Z, Y, X) map on the grid of the file: a view of shape (i, j, k), or (i, j) if 2-D."""
         return self.source.to_stored(array)

@@ -97,11 +97,11 @@ class Source:
         return tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
 
 
-def choose_source(stored: Stored, slice_axis: int | None, frame: int) -> Source:
+def choose_source(stored: Stored | Source, slice_axis: int | None, frame: int) -> Source:
     """Choose Z, Y and X among the stored axes, as the module says.
 
     Args:
-        stored: An opened file.
+        stored: An opened file, or the grid of one.
         slice_axis: The stored axis that becomes Z; None picks it.
         frame: To be remembered.
 

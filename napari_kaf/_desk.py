@@ -87,7 +87,14 @@ class Desk:
             self._ended(key, question)
             on_failed(message)
 
-        question.job = Job(None, task, on_report=report, on_done=done, on_failed=failed)
+        question.job = Job(
+            None,
+            task,
+            on_report=report,
+            on_done=done,
+            on_failed=failed,
+            on_given_up=lambda: failed(CANCELLED),
+        )
         self.changed.emit()
 
     def drop(self, key: str) -> None:

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kaf_model.config import Recipe
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 from kaf_model.volume import Volume
 from napari_kaf._device import describe_device, memory_in_use, share_processor
+from napari_kaf._interrupt import Interrupted, interruptible
 from napari_kaf._jobs import Control, Report
 
 if TYPE_CHECKING:
     from kaf_model.checkpoint import Model
+    from kaf_model.config import FinetuneConfig
 
 FIRST_VOLUME_PREVIEW = 20.0  # seconds from the click, at the latest, to look at the whole volume
 _PREVIEW_SHARE = 0.2  # at most this part of the time goes into previews
@@ -99,104 +102,133 @@ def finetune_task(request: FinetuneRequest, control: Control) -> Generator[Any, 
     """Finetune, show previews meanwhile, and segment the volume with the result."""
     yield Report(Progress("loading the engine", 0, None))
     share_processor()
-    from kaf_model.config import FinetuneConfig, ModelConfig
+    from kaf_model.checkpoint import load_model
     from kaf_model.engine import NonFiniteLoss, choose_device, release_memory
     from kaf_model.finetune import finetune
     from kaf_model.keypoints import KeypointCache
     from kaf_model.labels import LabelledVolume, SliceStatus
 
-    device = choose_device(request.device)
-    cache = KeypointCache()
+    device, cache = choose_device(request.device), KeypointCache()
     statuses = {z: SliceStatus(status) for z, status in request.statuses.items()}
     work = finetune(
-        None if request.start else ModelConfig.preset(request.preset),  # type: ignore[arg-type]
-        [LabelledVolume(request.volume, request.labels, statuses)],
-        FinetuneConfig.preset(
-            request.preset,  # type: ignore[arg-type]
-            steps=None,
-            epochs=None,
-            time_budget=request.seconds,
-            holdout=0.25 if request.hold_out else 0.0,
-        ),
-        start=request.start,
+        cases=[LabelledVolume(request.volume, request.labels, statuses)],
+        training=_training(request),
         class_names=request.class_names,
         output=request.output,
         device=request.device,
         cache=cache,
+        **_origin(request),
     )
     previews = _Previews(request.volume, request.clicked, control, cache)
-    last: Progress | None = None
-    best: float | None = None
-    model: Model | None = None
-    began = time.monotonic()
+    steps, best, began = 0, None, time.monotonic()
     try:
-        while True:
-            progress = next(work)
-            if progress.preview is not None:
-                began = began if last is not None else time.monotonic()
-                last = progress
-            if "held-out dice" in progress.losses:
-                best = max(best or 0.0, progress.losses["held-out dice"])
-            yield Report(progress, describe_device(device), memory_in_use(device))
-            if control.cancelled:
-                model = progress.preview() if progress.preview is not None else None
-                break
-            yield from previews.due(progress)
-    except StopIteration as finished:
-        model = finished.value.model
+        with interruptible(lambda: control.cancelled):
+            for progress in work:
+                if progress.preview is not None:
+                    began = began if steps else time.monotonic()
+                    steps = progress.step
+                if "held-out dice" in progress.losses:
+                    best = max(best or 0.0, progress.losses["held-out dice"])
+                yield Report(progress, describe_device(device), memory_in_use(device))
+                if control.cancelled:
+                    break
+                yield from previews.due(progress)
+    except Interrupted:
+        pass
     except NonFiniteLoss as error:
         raise UserError(str(error)) from error
     finally:
-        work.close()
+        work.close()  # writes the model
         _resume_file(request.output).unlink(missing_ok=True)
-    seconds = time.monotonic() - began
-    labels = None
-    if model is not None:
-        for report in _segmented(model, request.volume, cache):
-            if isinstance(report, Progress):
-                yield Report(report, describe_device(device), memory_in_use(device))
-            else:
-                labels = report
-    steps = last.step if last is not None else 0
-    del model, last, work
+    seconds, labels = time.monotonic() - began, None
+    if steps:
+        model = load_model(request.output, device=device)
+        labels = yield from _result(model, request, control, cache, previews.last_volume)
+        del model
     release_memory()
     return FinetuneOutcome(labels, steps, seconds, control.cancelled, best, describe_device(device))
 
 
+def _training(request: FinetuneRequest) -> FinetuneConfig:
+    """Settings of the preset, with the user's budget."""
+    from kaf_model.config import FinetuneConfig
+
+    return FinetuneConfig.preset(
+        request.preset,  # type: ignore[arg-type]
+        steps=None,
+        epochs=None,
+        time_budget=request.seconds,
+        holdout=0.25 if request.hold_out else 0.0,
+    )
+
+
+def _origin(request: FinetuneRequest) -> dict[str, Any]:
+    """What the network starts from: a checkpoint, or the preset's architecture and preprocessing."""
+    if request.start is not None:
+        return {"config": None, "start": request.start}
+    recipe = Recipe.preset(request.preset)  # type: ignore[arg-type]
+    return {"config": recipe.model, "slices": recipe.slices, "keypoints": recipe.keypoints}
+
+
+def _result(
+    model: Model,
+    request: FinetuneRequest,
+    control: Control,
+    cache: Any,
+    last_seen: NDArray[np.integer[Any]] | None,
+) -> Generator[Report, None, NDArray[np.integer[Any]] | None]:
+    """Segment the volume with the trained model; in a hurry, what was last seen of it has to do."""
+
+    def report(step: int) -> Report:
+        progress = Progress("segmenting the volume", step, request.volume.num_slices)
+        return Report(progress, describe_device(model.device), memory_in_use(model.device))
+
+    yield report(0)
+    try:
+        with interruptible(lambda: control.in_a_hurry):
+            for part in _segmented(model, request.volume, cache):
+                if not isinstance(part, Progress):
+                    return part
+                yield report(part.step)
+    except Interrupted:
+        pass
+    return last_seen
+
+
 class _Previews:
-    """Decides when a preview is worth its time, and makes it."""
+    """Decides when a preview is worth its time, and makes it.
+
+    Attributes:
+        last_volume: Labels of the last preview of the whole volume.
+    """
 
     def __init__(self, volume: Volume, clicked: float, control: Control, cache: Any) -> None:
+        self.last_volume: NDArray[np.integer[Any]] | None = None
         self._volume, self._control, self._cache = volume, control, cache
         self._next_slice = 0.0
         self._next_volume = clicked + FIRST_VOLUME_PREVIEW
-        self._shown_slice = -1
 
-    def due(self, progress: Progress) -> Iterator[SlicePreview | VolumePreview]:
-        """Yield the previews that are due after a step; a change of the shown slice makes one due."""
+    def due(self, progress: Progress) -> Iterator[Report | SlicePreview | VolumePreview]:
+        """Yield the previews that are due after a step."""
         now = time.monotonic()
-        z = self._control.slice
         whole = now >= self._next_volume
         if progress.preview is None or not (whole or now >= self._next_slice):
             return
         model = progress.preview()
         if whole:
-            labels = [
-                part
-                for part in _segmented(model, self._volume, self._cache)
-                if not isinstance(part, Progress)
-            ]
-            yield VolumePreview(labels[0])
+            for part in _segmented(model, self._volume, self._cache):
+                if isinstance(part, Progress):
+                    yield Report(replace(part, stage="looking at the whole volume"))
+                else:
+                    self.last_volume = part
+                    yield VolumePreview(part)
             spent = time.monotonic() - now
             self._next_volume = now + max(_VOLUME_PREVIEW_EVERY, spent / _PREVIEW_SHARE)
         else:
-            only = [
-                part
-                for part in _segmented(model, self._volume, self._cache, slices=[z])
-                if not isinstance(part, Progress)
-            ]
-            yield SlicePreview(z, only[0][z])
-            spent = time.monotonic() - now
+            z = self._control.slice
+            *_, labels = _segmented(model, self._volume, self._cache, slices=[z])
+            assert not isinstance(labels, Progress)
+            yield SlicePreview(z, labels[z])
         self._next_slice = now + max(1.0, (time.monotonic() - now) / _PREVIEW_SHARE)
 
 

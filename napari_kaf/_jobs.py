@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtpy.QtCore import QTimer
 from superqt.utils import GeneratorWorker
 
 from kaf_model.errors import UserError
@@ -23,21 +24,27 @@ if TYPE_CHECKING:
     from kaf_model.progress import Progress
 
 
+PATIENCE = 1500  # milliseconds that a cancelled task with nothing to keep is waited for
+
+
 class Control:
     """What the GUI thread tells a task. Safe to use from both threads.
 
     Attributes:
         slice: The slice that is shown, for previews.
+        in_a_hurry: Whether it was asked again to end: what is left to do for the result is left out.
     """
 
     def __init__(self) -> None:
         self.slice = 0
+        self.in_a_hurry = False
         self._cancelled = threading.Event()
         self._running = threading.Event()
         self._running.set()
 
     def cancel(self) -> None:
         """Ask the task to end."""
+        self.in_a_hurry = self.cancelled
         self._cancelled.set()
         self._running.set()
 
@@ -108,6 +115,10 @@ class Job:
         on_report: Called on the GUI thread with all that the task yields.
         on_done: Called with what it returns, unless it failed.
         on_failed: Called with the message if it failed.
+        on_given_up: Called when it was cancelled before it had anything to keep, and does not end soon.
+
+    Attributes:
+        has_something: Whether the task holds something worth waiting for when it is cancelled.
     """
 
     def __init__(
@@ -118,11 +129,14 @@ class Job:
         on_report: Callable[[Any], None],
         on_done: Callable[[Any], None],
         on_failed: Callable[[str], None],
+        on_given_up: Callable[[], None],
     ) -> None:
         from napari.utils import progress
 
         self.control = Control()
+        self.has_something = False
         self._on_report, self._on_done, self._on_failed = on_report, on_done, on_failed
+        self._on_given_up = on_given_up
         self._bar = progress(total=0, desc=title) if title is not None else None
         self._listening = True
         self._worker = _Worker(task, self.control)
@@ -134,14 +148,20 @@ class Job:
         self._worker.start()
 
     def cancel(self) -> None:
-        """Ask the task to end; what it returns is still delivered."""
+        """Ask the task to end; what it returns is still delivered, unless it has nothing and is slow to end."""
         self.control.cancel()
+        QTimer.singleShot(PATIENCE, self._give_up)
 
     def abandon(self) -> None:
         """End the task without hearing from it again: its widget or window closes."""
         self._listening = False
         self.control.cancel()
         self._close_bar()
+
+    def _give_up(self) -> None:
+        if self._listening and not self.has_something:
+            self.abandon()  # it may be importing; nothing can interrupt that
+            self._on_given_up()
 
     def _reported(self, report: Any) -> None:
         if not self._listening:

@@ -1,6 +1,6 @@
 """The only place, with its sibling `_explore_layers`, that touches viewer layers, always on the GUI thread.
 
-An image layer becomes an engine `Volume` here, and arrays (Z, Y, X) become layers. A layer made by the
+Arrays (Z, Y, X) become layers here; `_layer_volume` reads an image layer as a volume. A layer made by the
 plugin or its reader carries its volume and its part in `layer.metadata[KEY]`, so that it is recognised
 whatever it is called, and is written back on the grid of its file.
 """
@@ -8,74 +8,60 @@ whatever it is called, and is written back on the grid of its file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kaf_model.errors import UserError
-from kaf_model.volume import Volume, VolumeError, read_volume
+from kaf_model.volume import Volume
 from napari_kaf._classes import ClassEntry
+from napari_kaf._layer_volume import (
+    KEY,
+    OpenVolume,
+    Role,
+    array_of,
+    image_arguments,
+    layer_arguments,
+    num_frames,
+    open_volume,
+    role_of,
+    stack,
+    volume_of,
+)
 
 if TYPE_CHECKING:
     from napari.components import ViewerModel
     from napari.layers import Image, Labels, Layer
 
-KEY = "napari-kaf"
-Role = Literal["volume", "labels", "result", "preview", "comparison", "uncertainty", "explore"]
-_UNITS_IN_MM = {"millimeter": 1.0, "micrometer": 1e-3, "centimeter": 10.0, "meter": 1000.0, "nanometer": 1e-6}
-
-
-@dataclass(frozen=True, eq=False)
-class OpenVolume:
-    """An image layer as a volume.
-
-    Attributes:
-        layer: The image layer.
-        volume: Its voxels with their place in the world.
-        spacing_known: False when the voxel size is a guess that the user has to confirm.
-        origin: Where the voxel size comes from, in words.
-    """
-
-    layer: Image
-    volume: Volume
-    spacing_known: bool
-    origin: str
-
-    @property
-    def path(self) -> Path | None:
-        """File or folder of the volume, or None of an array in memory."""
-        if self.volume.source.format != "array":
-            return self.volume.source.path
-        return Path(self.layer.source.path) if self.layer.source.path else None
-
-
-def layer_arguments(volume: Volume, role: Role, **metadata: Any) -> dict[str, Any]:
-    """Arguments of a layer that shows an array (Z, Y, X) of a volume in millimetres."""
-    import nibabel as nib
-
-    known = volume.source.format != "array"
-    letters = nib.aff2axcodes(volume.affine) if known else ("z", "y", "x")
-    return {
-        "scale": volume.spacing,
-        "units": ("mm", "mm", "mm"),
-        "axis_labels": tuple(str(letter) for letter in letters),
-        "metadata": {KEY: {"volume": volume, "role": role, **metadata}},
-    }
-
-
-def role_of(layer: Layer) -> Role | None:
-    """The part that a layer plays for the plugin, if it has one."""
-    role: Role | None = layer.metadata.get(KEY, {}).get("role")
-    return role
-
-
-def volume_of(layer: Layer) -> Volume | None:
-    """The volume that a layer was made for, if it carries one of its own shape."""
-    volume = layer.metadata.get(KEY, {}).get("volume")
-    return volume if isinstance(volume, Volume) and volume.shape == stack(layer).shape else None
+__all__ = [
+    "KEY",
+    "OpenVolume",
+    "Role",
+    "add_labels",
+    "add_volume",
+    "belongs_to",
+    "bring_forward",
+    "class_names",
+    "current_slice",
+    "go_to",
+    "image_layers",
+    "labels_layers",
+    "layer_arguments",
+    "layers_with_role",
+    "num_frames",
+    "open_volume",
+    "remove",
+    "replace_volume",
+    "role_of",
+    "set_classes",
+    "show",
+    "show_slice",
+    "stack",
+    "volume_of",
+    "watch_labels",
+    "write_into",
+]
 
 
 def image_layers(viewer: ViewerModel) -> list[Image]:
@@ -102,46 +88,41 @@ def labels_layers(viewer: ViewerModel, image: Image) -> list[Labels]:
         if isinstance(layer, Labels)
         and not layer.multiscale
         and role_of(layer) in (None, "labels")
-        and layer.data.shape == _array(image).shape
+        and layer.data.shape == array_of(image).shape
+        and belongs_to(viewer, layer, image)
     ]
 
 
 def layers_with_role(viewer: ViewerModel, role: Role, image: Image | None = None) -> list[Any]:
     """Layers the plugin made for a purpose, of one image or of all."""
-    shape = stack(image).shape if image is not None else None
-    return [
-        layer for layer in viewer.layers if role_of(layer) == role and shape in (None, stack(layer).shape)
-    ]
+    layers = [layer for layer in viewer.layers if role_of(layer) == role]
+    if image is None:
+        return layers
+    shape = stack(image).shape
+    return [layer for layer in layers if stack(layer).shape == shape and belongs_to(viewer, layer, image)]
 
 
-def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVolume:
-    """Return the volume of an image layer.
-
-    Args:
-        layer: An image layer.
-        spacing: mm (z, y, x) that the user gave for it, if it was asked for.
-
-    Raises:
-        UserError: If its numbers cannot be a volume.
-    """
-    carried = volume_of(layer)
-    if carried is not None and spacing is None:
-        return OpenVolume(layer, carried, True, "from the file's header")
-    array = stack(layer)
-    if spacing is None:
-        from_file = _same_as_file(layer, array)
-        if from_file is not None:
-            return OpenVolume(layer, from_file, True, "from the file's header")
-    known, size, origin = spacing is not None, tuple(spacing or ()), "as you gave it"
-    if spacing is None:
-        known, size, origin = _spacing_of_layer(layer)
-    return OpenVolume(layer, Volume.from_array(array, size, name=layer.name), known, origin)
+def belongs_to(viewer: ViewerModel, layer: Layer, image: Image) -> bool:
+    """Whether a layer was not made for another image that is open: two may have one grid."""
+    owner = layer.metadata.get(KEY, {}).get("image", id(image))
+    return owner == id(image) or owner not in {id(other) for other in image_layers(viewer)}
 
 
-def stack(layer: Layer) -> NDArray[Any]:
-    """The array of a layer as (Z, Y, X); a view, so writing to it writes to the layer."""
-    array = _array(layer)
-    return array[None] if array.ndim == 2 else array
+def bring_forward(viewer: ViewerModel, image: Image) -> None:
+    """Show an image with what belongs to it, and hide the others and what belongs to them."""
+    others = [layer for layer in image_layers(viewer) if layer is not image]
+    own = stack(image).shape
+    for layer in viewer.layers:
+        if layer in others or (role_of(layer) and stack(layer).shape != own):
+            layer.visible = False
+        elif role_of(layer):
+            layer.visible = belongs_to(viewer, layer, image)
+    image.visible = True
+    count = own[0]
+    position = float(image.world_to_data(viewer.dims.point)[0]) if image.ndim == 3 else 0.0
+    if not -0.5 <= position < count - 0.5:
+        go_to(viewer, image, count // 2)
+        viewer.reset_view()
 
 
 def current_slice(viewer: ViewerModel, layer: Layer) -> int:
@@ -159,6 +140,27 @@ def go_to(viewer: ViewerModel, layer: Layer, z: int) -> None:
     world = layer.data_to_world((z, *[0] * (layer.ndim - 1)))
     axis = viewer.dims.ndim - layer.ndim
     viewer.dims.set_point(axis, float(world[0]))
+
+
+def add_volume(viewer: ViewerModel, volume: Volume, name: str, num_frames: int = 1) -> Image:
+    """Add a volume as an image layer."""
+    layer: Image = viewer.add_image(volume.array, **image_arguments(volume, name, num_frames))
+    return layer
+
+
+def replace_volume(viewer: ViewerModel, opened: OpenVolume, volume: Volume) -> Image:
+    """Show a volume in the place of another of other axes; what the plugin showed over that one goes too."""
+    old = opened.layer
+    for role in ("result", "preview", "comparison", "uncertainty"):
+        remove(viewer, role, old)
+    name, limits, colormap = old.name, old.contrast_limits, old.colormap
+    viewer.layers.remove(old)
+    layer = add_volume(viewer, volume, name, num_frames(old))
+    layer.contrast_limits, layer.colormap = limits, colormap
+    viewer.layers.move(len(viewer.layers) - 1, 0)
+    viewer.reset_view()
+    go_to(viewer, layer, volume.num_slices // 2)
+    return layer
 
 
 def add_labels(
@@ -189,7 +191,7 @@ def show(
     present = layers_with_role(viewer, role, opened.layer)
     if present:
         layer = present[0]
-        layer.data = data.reshape(_array(layer).shape)
+        layer.data = data.reshape(array_of(layer).shape)
     else:
         layer = _add(viewer, opened, data, f"{opened.layer.name} {name}", role)
         if role == "comparison":
@@ -259,15 +261,10 @@ def watch_labels(layer: Labels, changed: Callable[..., None]) -> Callable[[], No
     return unwatch
 
 
-def _array(layer: Layer) -> NDArray[Any]:
-    data = layer.data[0] if getattr(layer, "multiscale", False) else layer.data
-    return data if isinstance(data, np.ndarray) else np.asarray(data)
-
-
 def _add(viewer: ViewerModel, opened: OpenVolume, data: NDArray[Any], name: str, role: Role) -> Any:
     """Add a layer that lies exactly over the image."""
     image = opened.layer
-    data = data.reshape(_array(image).shape)
+    data = data.reshape(array_of(image).shape)
     arguments: dict[str, Any] = {
         "name": name,
         "scale": image.scale,
@@ -277,32 +274,10 @@ def _add(viewer: ViewerModel, opened: OpenVolume, data: NDArray[Any], name: str,
         "affine": image.affine,
         "units": image.units,
         "axis_labels": image.axis_labels,
-        "metadata": {KEY: {"volume": opened.volume, "role": role}},
+        "metadata": {KEY: {"volume": opened.volume, "role": role, "image": id(image)}},
     }
     if role == "uncertainty":
         return viewer.add_image(
-            data, colormap="magma", blending="additive", contrast_limits=(0, 1), **arguments
+            data, colormap="magma", blending="additive", opacity=0.5, contrast_limits=(0, 1), **arguments
         )
     return viewer.add_labels(data, **arguments)
-
-
-def _same_as_file(layer: Image, array: NDArray[Any]) -> Volume | None:
-    """The volume in the layer's file, if another reader opened it in the order that we would."""
-    if not layer.source.path:
-        return None
-    try:
-        volume = read_volume(layer.source.path)
-    except VolumeError:
-        return None
-    return volume if volume.shape == array.shape and np.array_equal(volume.array, array) else None
-
-
-def _spacing_of_layer(layer: Image) -> tuple[bool, tuple[float, ...], str]:
-    """Whether a layer's scale is in lengths, the spacing in mm (z, y, x), and where it comes from."""
-    scale = [abs(float(size)) for size in layer.scale]
-    factors = [_UNITS_IN_MM.get(str(unit)) for unit in layer.units]
-    known = all(factor is not None for factor in factors)
-    size = [value * (factor or 1.0) for value, factor in zip(scale, factors, strict=True)]
-    if len(size) == 2:
-        size = [max(size), *size]
-    return known, tuple(size), "from the layer's scale" if known else "unknown"

@@ -15,6 +15,7 @@ from kaf_model.errors import UserError, VolumeError
 from kaf_model.progress import Progress
 from kaf_model.volume import VolumeInfo, find_volumes, inspect_volume
 from napari_kaf._device import describe_device, memory_in_use, share_processor
+from napari_kaf._interrupt import Interrupted, interruptible
 from napari_kaf._jobs import Control, Report
 from napari_kaf._pair_picture import PairPicture
 
@@ -145,13 +146,16 @@ def pretrain_task(request: PretrainRequest, control: Control) -> Generator[Any, 
     )
     steps, stopped = 0, False
     try:
-        for progress in work:
-            steps = progress.step if progress.losses else steps
-            yield Report(progress, describe_device(device), memory_in_use(device))
-            control.wait_while_paused()
-            if control.cancelled:
-                stopped = True
-                break
+        with interruptible(lambda: control.cancelled):
+            for progress in work:
+                steps = progress.step if progress.losses else steps
+                yield Report(progress, describe_device(device), memory_in_use(device))
+                control.wait_while_paused()
+                if control.cancelled:
+                    stopped = True
+                    break
+    except Interrupted:
+        stopped = True
     except NonFiniteLoss as error:
         raise UserError(str(error)) from error
     finally:

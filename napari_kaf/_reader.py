@@ -15,7 +15,7 @@ from kaf_model.volume import Volume, VolumeError, inspect_volume, read_labels, r
 from kaf_model.volume_files import find_volumes, format_of
 from napari_kaf._classes import entries_of
 from napari_kaf._compass import attach_compass
-from napari_kaf._layers import layer_arguments
+from napari_kaf._layer_volume import image_arguments, layer_arguments
 
 LayerData = tuple[NDArray[Any], dict[str, Any], str]
 _LABEL_NAMES = ("label", "seg", "mask", "_gt", "annotation", "ground_truth")
@@ -78,12 +78,7 @@ def read_layer(path: Path) -> tuple[LayerData, tuple[str, ...]]:
     name = volume_name(path)
     labels = _labels_in(volume, path)
     if labels is None:
-        arguments = layer_arguments(volume, "volume", frames=num_frames)
-        arguments["contrast_limits"] = _contrast_limits(volume.array)
-        return (volume.array, {"name": name, "colormap": "gray", **arguments}, "image"), (
-            *notices,
-            *volume.notices,
-        )
+        return (volume.array, image_arguments(volume, name, num_frames), "image"), (*notices, *volume.notices)
     arguments = layer_arguments(volume, "labels", classes=_names_beside(path))
     classes = entries_of(_names_beside(path), np.unique(labels).tolist())
     from napari.utils import DirectLabelColormap
@@ -111,13 +106,6 @@ def _labels_in(volume: Volume, path: Path) -> NDArray[Any] | None:
         return None
     count = int(np.count_nonzero(np.bincount(array.ravel())))
     return array if count <= (256 if named else _MAX_UNHINTED) else None
-
-
-def _contrast_limits(array: NDArray[Any]) -> tuple[float, float]:
-    """Grey values from black to white; the brightest thousandth does not darken the rest."""
-    step = max(1, int(np.sqrt(array.size / 2_000_000)))
-    low, high = (float(value) for value in np.percentile(array[:, ::step, ::step], (0.1, 99.8)))
-    return (low, high) if low < high else (float(array.min()), float(array.max()) + 1)
 
 
 def _names_beside(path: Path) -> dict[int, str]:

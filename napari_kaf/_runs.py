@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,29 @@ class Run:
     start: str
     device: str
 
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Name, time, labelled slices, steps and Dice, for a row of a table."""
+        dice = "" if self.held_out_dice is None else f"{self.held_out_dice:.3f}"
+        return self.name, self._when(), str(len(self.labelled)), str(self.steps), dice
+
     def summary(self) -> str:
-        """One line for a list."""
-        when = datetime.datetime.fromisoformat(self.when).strftime("%d %b %H:%M")
-        dice = "" if self.held_out_dice is None else f", held-out Dice {self.held_out_dice:.3f}"
-        end = " (stopped)" if self.stopped else ""
-        return f"{self.name}: {when}, {len(self.labelled)} labelled slices, {self.steps} steps{end}{dice}"
+        """All that is known, in words."""
+        slices = ", ".join(f"{z} {status}" for z, status in sorted(self.labelled.items()))
+        dice = "" if self.held_out_dice is None else f"; Dice on held-out slices {self.held_out_dice:.3f}"
+        end = "stopped" if self.stopped else "finished"
+        return (
+            f"{self.name}, {self._when()}: from {self.start} on slices {slices}; {end} after {self.steps} steps, "
+            f"{self.seconds:.0f} s on {self.device}{dice}"
+        )
+
+    def _when(self) -> str:
+        return datetime.datetime.fromisoformat(self.when).strftime("%d %b %H:%M")
+
+
+def next_name(runs: Sequence[Run]) -> str:
+    """A name that no run has yet."""
+    taken = {run.name for run in runs}
+    return next(name for number in range(len(runs) + 1, 10**9) if (name := f"run {number}") not in taken)
 
 
 class RunStore:

@@ -24,6 +24,7 @@ from kaf_model.volume import (
     write_maps,
 )
 from napari_kaf._device import describe_device, memory_in_use, share_processor
+from napari_kaf._interrupt import Interrupted, interruptible
 from napari_kaf._jobs import Control, Report
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, No
         work = segment(model, item.volume, request.config, cache=cache)
         try:
             while segmentation is None and not control.cancelled:
-                progress = next(work)
+                with interruptible(lambda: control.cancelled):
+                    progress = next(work)
                 stage = f"segmenting {item.name} ({number} of {total})"
                 yield Report(
                     Progress(stage, progress.step, progress.total),
@@ -147,6 +149,8 @@ def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, No
                 )
         except StopIteration as finished:
             segmentation = finished.value
+        except Interrupted:
+            pass
         finally:
             work.close()
         if segmentation is None:

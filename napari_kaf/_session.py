@@ -7,8 +7,7 @@ a timer of theirs, and turns what happened in the layers into states of the ledg
 from __future__ import annotations
 
 import weakref
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,9 @@ from kaf_model.errors import UserError
 from napari_kaf import _layers
 from napari_kaf._autosave import Autosave
 from napari_kaf._classes import ClassEntry, default_color, entries_of, free_value
-from napari_kaf._ledger import Cell, Ledger
+from napari_kaf._ledger import Cell, Ledger, recut_states
+from napari_kaf._paint import PaintWatch
+from napari_kaf._results import Results
 from napari_kaf._runs import Run, RunStore
 from napari_kaf._sidecar import Sidecar, Snapshot
 
@@ -36,8 +37,8 @@ class Session:
         labels: The layer that is drawn on.
         classes: What is painted.
         ledger: What was said of each slice.
-        runs: Finetunings on this volume, oldest first.
-        result: The run whose result is shown.
+        paint: Watches the labels layer.
+        results: Finetunings on this volume, and the result that is shown.
         offer: Saved work on this volume that can be restored.
         busy: What is running, in words, or nothing.
     """
@@ -59,22 +60,16 @@ class Session:
         self.labels: Labels | None = None
         self.classes: list[ClassEntry] = []
         self.ledger = Ledger(0)
-        self.store: RunStore | None = None
-        self.runs: list[Run] = []
-        self.result: Run | None = None
-        self.result_labels: NDArray[Any] | None = None
+        self.paint: PaintWatch | None = None
+        self.results = Results(self)
         self.offer: Snapshot | None = None
         self.busy = ""
         self._spacings: dict[str, tuple[float, ...]] = {}
         self._autosave = Autosave()
         self._ledgers: weakref.WeakKeyDictionary[Labels, tuple[Ledger, list[ClassEntry]]]
         self._ledgers = weakref.WeakKeyDictionary()
-        self._unwatch: Callable[[], None] = lambda: None
-        self._touched = False
         self._seen: list[tuple[int, str, tuple[int, ...]]] = []
         self._seen_brush = 0
-        self._checksums: list[int] = []
-        self._before_accept: dict[int, tuple[int, Cell, int]] = {}
 
     @property
     def viewer(self) -> ViewerModel:
@@ -101,9 +96,9 @@ class Session:
             return
         self.flush()
         self._leave_labels()
-        self.opened, self.offer, self.store = None, None, None
+        self.opened, self.offer = None, None
         self._autosave.follow(None)
-        self.runs, self.result, self.result_labels = [], None, None
+        self.results.follow(None)
         try:
             if layer is not None:
                 self._open(layer)
@@ -130,6 +125,41 @@ class Session:
         self._changed()
         self.volume_changed.emit()
 
+    def recut(self, slice_axis: int) -> None:
+        """Cut the volume into slices along another stored axis; what is drawn on it is cut with it.
+
+        Raises:
+            UserError: While a task is running.
+        """
+        if self.busy:
+            raise UserError(f"{self.busy} is running; wait for it or cancel it first")
+        assert self.opened is not None
+        self.flush()
+        viewer, old, drawn_on = self.viewer, self.opened, self.labels
+        volume = old.volume.along(slice_axis)
+        layers = _layers.labels_layers(viewer, old.layer)
+        ledgers = [self._ledgers.get(layer) or (Ledger(old.volume.num_slices), []) for layer in layers]
+        self.choose_volume(None)
+        for layer in layers:
+            viewer.layers.remove(layer)
+        self.choose_volume(_layers.replace_volume(viewer, old, volume))
+        assert self.opened is not None
+        for layer, (ledger, classes) in zip(layers, ledgers, strict=True):
+            array = _layers.stack(layer)
+            accepted = np.array([state is Cell.ACCEPTED for state in ledger.states])[:, None, None]
+            both = (array, np.broadcast_to(accepted, array.shape))
+            cut, of_result = (volume.to_volume(old.volume.to_stored(part)) for part in both)
+            new = _layers.add_labels(viewer, self.opened, classes, cut.copy())
+            new.name = layer.name
+            self._ledgers[new] = (Ledger(len(cut), recut_states(ledger.states, cut, of_result)), classes)
+            if layer is drawn_on:
+                self.choose_labels(new)
+                self._autosave.owned_by(new)
+                self.offer = None
+        self._changed()
+        self.offer_changed.emit()
+        self.told.emit("cut along another axis; strokes of before can no longer be undone")
+
     def choose_labels(self, layer: Labels | None) -> None:
         """Draw on another layer, or on none; its paint stays untrained on until it is marked."""
         if layer is not None and layer is self.labels:
@@ -142,14 +172,13 @@ class Session:
             self._set_ledger(Ledger(0))
         else:
             array = _layers.stack(layer)
-            self._checksums = _checksums(array)
             ledger, classes = self._ledgers.get(layer) or (Ledger(len(array)), [])
             self._set_ledger(ledger)
             self.classes = classes or entries_of(_layers.class_names(layer), np.unique(array).tolist())
             self._remember_ledger()
             _layers.set_classes(layer, self.classes)
-            self._unwatch = _layers.watch_labels(layer, self._touch)
-            self._show_predicted()
+            self.paint = PaintWatch(layer)
+            self.show_predicted()
         self.labels_changed.emit()
         self.classes_changed.emit()
         self.ledger_changed.emit()
@@ -165,12 +194,15 @@ class Session:
         """Bring saved labels, ledger and class names back, in a layer of their own."""
         assert self.offer is not None
         assert self.opened is not None
-        offer, self.offer = self.offer, None
+        offer = self.offer
+        if offer.slice_axis is not None and offer.slice_axis != self.opened.volume.source.axes[0]:
+            self.recut(offer.slice_axis)
+        self.offer = None
         self.choose_labels(_layers.add_labels(self.viewer, self.opened, offer.classes, offer.labels.copy()))
         self.classes = list(offer.classes)
         self._set_ledger(Ledger(len(offer.states), offer.states))
         self._remember_ledger()
-        self._show_predicted()
+        self.show_predicted()
         assert self.labels is not None
         self._autosave.owned_by(self.labels)
         self.classes_changed.emit()
@@ -268,71 +300,15 @@ class Session:
 
     # --- results -----------------------------------------------------------------------------------------
 
-    def show_run(self, run: Run | None, labels: NDArray[Any] | None = None) -> None:
-        """Show the result of a run in its own layer, or none."""
-        assert self.opened is not None
-        assert self.store is not None
-        if run is not None and labels is None:
-            labels = self.store.labels(run)
-        self.result, self.result_labels = run, labels
-        if labels is None:
-            _layers.remove(self.viewer, "result", self.opened.layer)
-        else:
-            _layers.show(self.viewer, self.opened, labels.copy(), "result", self.classes, name="result")
-        self._show_predicted()
-        self.runs_changed.emit()
+    @property
+    def runs(self) -> list[Run]:
+        """Finetunings on this volume, oldest first."""
+        return self.results.runs
 
-    def reload_runs(self) -> None:
-        """Read the history again after it changed."""
-        self.runs = self.store.runs() if self.store else []
-        if self.result is not None:
-            self.result = next((run for run in self.runs if run.key == self.result.key), None)
-        self.runs_changed.emit()
-
-    def accept(self, slices: Iterable[int] | None = None) -> int:
-        """Take the shown result into the labels, on the shown slice or the given ones.
-
-        Untouched and accepted slices take all of it, partial ones only where nothing is painted; complete
-        and empty ones are the user's and stay as they are. Ctrl+Z takes it back in one step.
-
-        Returns:
-            How many slices took it.
-
-        Raises:
-            UserError: If there is no result or no layer for it, or nothing could be accepted.
-        """
-        if self.result_labels is None:
-            raise UserError("there is no result to accept; click Finetune first")
-        if self.labels is None:
-            self.new_labels()
-        assert self.labels is not None
-        self.poll()
-        single = slices is None
-        wanted = [self.slice] if slices is None else list(slices)
-        theirs = [z for z in wanted if self.ledger.states[z] in (Cell.COMPLETE, Cell.EMPTY)]
-        if single and theirs:
-            raise UserError(
-                f"slice {theirs[0]} is marked {self.ledger.states[theirs[0]]}, so it stays as you drew it; "
-                "mark it untouched to take the result instead"
-            )
-        array = _layers.stack(self.labels)
-        where = np.zeros(array.shape, bool)
-        taking = [z for z in wanted if z not in theirs]
-        for z in taking:
-            where[z] = (array[z] == 0) if self.ledger.states[z] is Cell.PARTIAL else True
-        before = list(self._checksums)
-        _layers.write_into(self.labels, self.result_labels, where)
-        self._checksums = _checksums(_layers.stack(self.labels))
-        for z in taking:
-            self._before_accept[z] = (before[z], self.ledger.states[z], self._checksums[z])
-        self.ledger.mark(taking, Cell.ACCEPTED)
-        return len(taking)
-
-    def reject(self) -> None:
-        """Put the shown result away; its run stays in the history."""
-        if self.result is None and self.result_labels is None:
-            raise UserError("there is no result to reject")
-        self.show_run(None)
+    @property
+    def result_labels(self) -> NDArray[Any] | None:
+        """(Z, Y, X) of the result that is shown."""
+        return self.results.labels
 
     # --- saving ------------------------------------------------------------------------------------------
 
@@ -343,8 +319,7 @@ class Session:
         if brush != self._seen_brush:
             self._seen_brush = brush
             self.classes_changed.emit()
-        if self._touched and self.labels is not None:
-            self._touched = False
+        if self.paint is not None and self.paint.touched:
             self._compare_labels()
         if self._autosave.due:
             self._save()
@@ -363,7 +338,7 @@ class Session:
         """Save, and let go of the layers."""
         self.flush()
         self._leave_labels()
-        self.opened, self.labels = None, None
+        self.opened = None
 
     def set_busy(self, what: str) -> None:
         """Say what is running; nothing when it ended."""
@@ -408,26 +383,15 @@ class Session:
             self.offer_changed.emit()
         if self.opened is not None and self.opened.layer not in viewer.layers:
             self.choose_volume(None)
-        if (
-            self.opened is not None
-            and self.result_labels is not None
-            and not _layers.layers_with_role(viewer, "result", self.opened.layer)
-        ):
-            self.result, self.result_labels = None, None
-            self._show_predicted()
-            self.runs_changed.emit()
+        self.results.forget_removed_layer()
 
     def _open(self, layer: Image) -> None:
         self.opened = _layers.open_volume(layer)
-        source = self.opened.path
-        if source is not None and (frame := self.opened.volume.source.frame):
-            name = f"{self.opened.volume.name}-frame{frame}"
-        else:
-            name = self.opened.volume.name
-        sidecar = Sidecar(source, name, self.opened.volume.array)
+        source, volume = self.opened.path, self.opened.volume
+        name = f"{volume.name}-frame{volume.source.frame}" if volume.source.frame else volume.name
+        sidecar = Sidecar(source, name, volume.to_stored(volume.array))
         self._autosave.follow(sidecar)
-        self.store = RunStore(sidecar.key)
-        self.runs = self.store.runs()
+        self.results.follow(RunStore(f"{sidecar.key}-{self.opened.volume.source.axes[0]}"))
         self._look_for_saved_work()
         given = self._spacings.get(self._volume_key()) or (self.offer.spacing if self.offer else None)
         if given and not self.opened.spacing_known:
@@ -453,31 +417,24 @@ class Session:
         self.ledger.changed.disconnect(missing_ok=True)
         self.ledger = ledger
         ledger.changed.connect(self._ledger_changed)
-        self._before_accept = {}
 
     def _ledger_changed(self) -> None:
         self._changed()
         self.ledger_changed.emit()
 
-    def _show_predicted(self) -> None:
+    def show_predicted(self) -> None:
         """Tell the ledger where the shown result has something, without this counting as a change to save."""
-        found = []
-        if self.result_labels is not None and len(self.ledger) == len(self.result_labels):
-            found = np.flatnonzero(self.result_labels.any(axis=(1, 2))).tolist()
+        found = self.results.predicted() if len(self.ledger) else []
         self.ledger.changed.disconnect(self._ledger_changed)
         self.ledger.set_predicted(found)
         self.ledger.changed.connect(self._ledger_changed)
         self.ledger_changed.emit()
 
     def _leave_labels(self) -> None:
-        self._unwatch()
-        self._unwatch = lambda: None
-        self._touched = False
+        if self.paint is not None:
+            self.paint.stop()
+        self.paint, self.labels = None, None
         self._autosave.forget_changes()
-        self._before_accept = {}
-
-    def _touch(self, event: object = None) -> None:
-        self._touched = True
 
     def _changed(self) -> None:
         if self.labels is not None:
@@ -486,26 +443,17 @@ class Session:
     def _compare_labels(self) -> None:
         """Find the slices whose paint changed, and what that makes of them."""
         assert self.labels is not None
+        assert self.paint is not None
         array = _layers.stack(self.labels)
-        if len(array) != len(self.ledger):
-            layer, self.labels = self.labels, None
+        if self.opened is not None and array.shape != self.opened.volume.shape:
+            layer = self.labels
             self._leave_labels()
             self.warned.emit(
                 f"{layer.name} no longer has the shape of the volume; choose another label layer"
             )
             self.choose_labels(None)
             return
-        now = _checksums(array)
-        changed = [z for z, (old, new) in enumerate(zip(self._checksums, now, strict=True)) if old != new]
-        self._checksums = now
-        for z in changed:
-            old, state, accepted = self._before_accept.get(z, (None, Cell.UNTOUCHED, None))
-            if now[z] == old:  # undone
-                self.ledger.mark([z], state)
-            elif now[z] == accepted:  # redone
-                self.ledger.mark([z], Cell.ACCEPTED)
-            else:
-                self.ledger.note_paint(z, bool(array[z].any()))
+        changed = self.paint.note_changes(self.ledger)
         if changed:
             self._changed()
             known = {entry.value for entry in self.classes}
@@ -514,10 +462,13 @@ class Session:
                 self.set_classes([*self.classes, *entries_of({}, new)])
 
     def _save(self) -> None:
-        if self.labels is not None:
+        if self.labels is not None and self.opened is not None:
             given = self._spacings.get(self._volume_key())
             array = _layers.stack(self.labels).copy()
-            self._autosave.save(Snapshot(array, self.ledger.states, tuple(self.classes), given), self.labels)
+            axis = self.opened.volume.source.axes[0]
+            self._autosave.save(
+                Snapshot(array, self.ledger.states, tuple(self.classes), given, axis), self.labels
+            )
 
 
 _sessions: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()
@@ -529,7 +480,3 @@ def session_for(viewer: Any) -> Session:
     if viewer not in _sessions:
         _sessions[viewer] = Session(viewer)
     return _sessions[viewer]
-
-
-def _checksums(array: NDArray[Any]) -> list[int]:
-    return [zlib.crc32(np.ascontiguousarray(plane).data) for plane in array]

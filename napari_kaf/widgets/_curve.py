@@ -1,15 +1,18 @@
-"""Live curves of named values against the step, redrawn at most ten times a second."""
+"""Live curves of named values against the step, redrawn at most a few times a second."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import cycle
 from typing import Any
 
 import pyqtgraph
 from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QVBoxLayout, QWidget
 
-_REDRAW = 100  # milliseconds
+from napari_kaf.widgets._panel import say, words
+
+_REDRAW = 400  # milliseconds; each time the whole window is composed anew, canvas and all
 _PENS = ("#e69f00", "#56b4e9", "#00b37a", "#d55e00", "#cc79a7", "#f0e442")
 _MOST_POINTS = 2000  # older ones are thinned out
 
@@ -31,25 +34,31 @@ class LiveCurve(QWidget):
         self.plot.hideButtons()
         self.plot.setLabel("bottom", "step")
         self.plot.setLabel("left", quantity)
-        self._legend = self.plot.addLegend(offset=(-5, 5), labelTextSize="8pt")
-        self.setFixedHeight(170)
+        self._legend = words()
+        self.plot.setFixedHeight(150)
         column = QVBoxLayout(self)
         column.setContentsMargins(0, 0, 0, 0)
+        column.setSpacing(0)
+        column.addWidget(self._legend)
         column.addWidget(self.plot)
         self._timer = QTimer(self)
         self._timer.setSingleShot(True)
         self._timer.timeout.connect(self._draw)
         self.setAccessibleName(f"Live curve of the {quantity}")
+        self.setHidden(True)
 
     def clear(self) -> None:
-        """Forget all points."""
+        """Forget all points, and take no room until there are new ones."""
         self._timer.stop()
+        self.setVisible(False)
         self._points, self._lines = {}, {}
         self.plot.clear()
         self._legend.clear()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each named curve."""
+        if values:
+            self.setVisible(True)
         for name, value in values.items():
             steps, heights = self._points.setdefault(name, ([], []))
             steps.append(step)
@@ -70,9 +79,14 @@ class LiveCurve(QWidget):
             axis = self.plot.getAxis(side)
             axis.setPen(color)
             axis.setTextPen(color)
-        self._legend.setLabelTextColor(color)
         for name, (steps, heights) in self._points.items():
             if name not in self._lines:
                 pen = pyqtgraph.mkPen(_PENS[len(self._lines) % len(_PENS)], width=2)
                 self._lines[name] = self.plot.plot(name=name, pen=pen)
             self._lines[name].setData(steps, heights)
+        say(self._legend, " &nbsp; ".join(self._keys()))
+
+    def _keys(self) -> Iterator[str]:
+        """Each curve's colour, name and last value."""
+        for (name, (_steps, heights)), pen in zip(self._points.items(), cycle(_PENS), strict=False):
+            yield f"<span style='color:{pen}'>━</span>&nbsp;{name.replace(' ', '&nbsp;')}&nbsp;{heights[-1]:.3g}"

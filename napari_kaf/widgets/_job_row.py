@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,9 @@ from qtpy.QtWidgets import QProgressBar, QPushButton, QVBoxLayout, QWidget
 
 from kaf_model.errors import UserError
 from napari_kaf._jobs import Job, Report, Task
-from napari_kaf.widgets._panel import Life, answering, words
+from napari_kaf.widgets._panel import Life, answering, say, words
+
+_SHOWN_EVERY = 0.25  # seconds; to repaint anything draws the canvas again, which training has to wait for
 
 
 class JobRow(QWidget):
@@ -20,34 +23,59 @@ class JobRow(QWidget):
         life: Of the panel.
         text: On the button.
         start: Called by a click; it calls `run`, or raises a UserError.
+        ready: Whether the button can start something.
     """
 
-    def __init__(self, life: Life, text: str, start: Callable[[], None]) -> None:
+    def __init__(
+        self, life: Life, text: str, start: Callable[[], None], ready: Callable[[], bool] = lambda: True
+    ) -> None:
         super().__init__()
-        self.life, self._text, self._start = life, text, start
+        self.life, self._text, self._start, self._ready = life, text, start, ready
         column = QVBoxLayout(self)
         column.setContentsMargins(0, 0, 0, 0)
         self.button = QPushButton(text)
-        self.button.clicked.connect(self._clicked)
+        self.button.clicked.connect(self.toggle)
         self.bar = QProgressBar()
         self.bar.setTextVisible(False)
         self.bar.setFixedHeight(8)
         self.bar.setVisible(False)
+        self.bar.setAccessibleName(f"Progress of {text}")
         self.status = words()
         for widget in (self.button, self.bar, self.status):
             column.addWidget(widget)
-        life.listen(life.session.busy_changed, self._show_busy)
+        life.listen(life.session.busy_changed, self.refresh)
         self._running = False
+        self.say("")
+        self.refresh()
 
     @property
     def running(self) -> bool:
         """Whether this row's task is running."""
         return self._running
 
+    def say(self, text: str) -> None:
+        """Write a line under the button."""
+        say(self.status, text)
+
     def run(
-        self, title: str, task: Task, *, on_report: Callable[[Any], None], on_done: Callable[[Any], None]
+        self,
+        title: str,
+        task: Task,
+        *,
+        on_report: Callable[[Any], None],
+        on_done: Callable[[Any], None],
+        on_nothing: Callable[[], None] = lambda: None,
+        nothing: str = "Stopped.",
     ) -> None:
         """Start a task.
+
+        Args:
+            title: What is done.
+            task: The work.
+            on_report: Called with what it yields.
+            on_done: Called with what it returns.
+            on_nothing: Called when it failed, or was cancelled before it had anything.
+            nothing: What is said when it was cancelled before it had anything.
 
         Raises:
             UserError: If another is running.
@@ -55,11 +83,6 @@ class JobRow(QWidget):
         session = self.life.session
         if session.busy:
             raise UserError(f"{session.busy} is running; wait for it or cancel it first")
-        self._running = True
-        self.bar.setRange(0, 0)
-        self.bar.setVisible(True)
-        self.status.setText("Starting…")
-        session.set_busy(title)
 
         def report(value: Any) -> None:
             if isinstance(value, Report):
@@ -68,43 +91,70 @@ class JobRow(QWidget):
 
         def done(result: Any) -> None:
             self._ended()
-            self.status.setText("")
+            self.say("")
             on_done(result)
 
         def failed(message: str) -> None:
             self._ended()
-            self.status.setText(f"It did not work: {message}")
+            on_nothing()
+            self.say(f"It did not work: {message}")
             show_error(message)
 
-        self.life.job = Job(title, task, on_report=report, on_done=done, on_failed=failed)
-        self._show_busy()
+        def given_up() -> None:
+            self._ended()
+            on_nothing()
+            self.say(nothing)
 
-    def _show(self, report: Report) -> None:
-        progress = report.progress
-        if progress.message:
-            show_info(progress.message)
-        self.bar.setRange(0, progress.total or 0)
-        self.bar.setValue(min(progress.step, progress.total or 0))
-        if self.life.job is not None and self.life.job.control.cancelled:
-            return
-        parts = [progress.stage[:1].upper() + progress.stage[1:]]
-        if progress.total:
-            parts.append(f"{progress.step} of {progress.total}")
-        if progress.eta is not None:
-            seconds = progress.eta
-            parts.append(f"{round(seconds)} s left" if seconds < 90 else f"{seconds / 60:.1f} min left")
-        if report.device:
-            parts.append(f"{report.device}, {report.memory_gb:.1f} GB")
-        self.status.setText("; ".join(parts))
+        self._running = True
+        self._shown = (0.0, "")
+        self._fill(0, None)
+        self.bar.setVisible(True)
+        self.say("Starting…")
+        self.life.job = Job(
+            title, task, on_report=report, on_done=done, on_failed=failed, on_given_up=given_up
+        )
+        session.set_busy(title)
 
     @answering
-    def _clicked(self, *_: Any) -> None:
-        if self._running and self.life.job is not None:
-            self.life.job.cancel()
-            self.button.setEnabled(False)
-            self.status.setText("Stopping…")
+    def toggle(self, *_: Any) -> None:
+        """Start, or cancel what runs; a second time, leave out what is left to do for the result."""
+        job = self.life.job
+        if not self._running or job is None:
+            if self._ready():
+                self._start()
+            return
+        job.cancel()
+        self.button.setEnabled(False)
+        self.say("Stopping…")
+
+    def refresh(self) -> None:
+        """Show whether the button starts or cancels, and whether it can."""
+        self.button.setText("Cancel" if self._running else self._text)
+        self.button.setEnabled(self._running or (not self.life.session.busy and self._ready()))
+
+    def _show(self, report: Report) -> None:
+        progress, job = report.progress, self.life.job
+        if progress.message:
+            show_info(progress.message)
+        if job is None:
+            return
+        if progress.losses:
+            job.has_something = True
+        now, (last, stage) = time.monotonic(), self._shown
+        if stage == progress.stage and now < last + _SHOWN_EVERY and not job.control.cancelled:
+            return
+        self._shown = now, progress.stage
+        self._fill(progress.step, progress.total)
+        if job.control.cancelled:
+            self.button.setEnabled(not job.control.in_a_hurry)
+            self.say(f"Stopping; {progress.stage}…" if not progress.losses else "Stopping…")
         else:
-            self._start()
+            self.say(describe(report))
+
+    def _fill(self, step: int, total: int | None) -> None:
+        """Show how far it is; an unknown total is an empty bar, for a moving one repaints the window all the time."""
+        self.bar.setRange(0, total or 1)
+        self.bar.setValue(min(step, total or 0))
 
     def _ended(self) -> None:
         self._running = False
@@ -112,6 +162,26 @@ class JobRow(QWidget):
         self.bar.setVisible(False)
         self.life.session.set_busy("")
 
-    def _show_busy(self) -> None:
-        self.button.setText("Cancel" if self._running else self._text)
-        self.button.setEnabled(self._running or not self.life.session.busy)
+
+STOPPED_AT_ONCE = "Stopped before anything was learnt."
+
+
+def describe(report: Report) -> str:
+    """Progress in words."""
+    progress = report.progress
+    parts = [progress.stage]
+    if progress.total and progress.losses:
+        parts.append(f"step {progress.step} of about {progress.total}")
+    elif progress.total:
+        parts.append(f"{progress.step} of {progress.total}")
+    if progress.eta is not None:
+        parts.append(f"{minutes(progress.eta)} left")
+    if report.device:
+        parts.append(f"{report.device}, {report.memory_gb:.1f} GB")
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:]
+
+
+def minutes(seconds: float) -> str:
+    """A length of time for people."""
+    return f"{round(seconds)} s" if seconds < 90 else f"{seconds / 60:.1f} min"

@@ -21,9 +21,11 @@ from qtpy.QtWidgets import (
 )
 
 from napari_kaf import _layers
-from napari_kaf.widgets._panel import Life, answering, heading, words
+from napari_kaf._classes import ClassEntry
+from napari_kaf.widgets._panel import Life, answering, heading, say, words
 
 _COLOR, _NAME, _VALUE = range(3)
+_MOST_ROWS = 6  # more are scrolled
 
 
 class LabelsSection(QWidget):
@@ -50,7 +52,7 @@ class LabelsSection(QWidget):
         column.addWidget(self.table)
         row = QHBoxLayout()
         self.add = QPushButton("Add class")
-        self.add.setToolTip("Add a structure and take its brush; rename it by a double click")
+        self.add.setToolTip("Add a structure and take its brush; a double click or F2 renames it")
         self.drop = QPushButton("Remove class")
         self.drop.setToolTip("Remove the selected class; one that is painted has to be erased first")
         row.addWidget(self.add)
@@ -78,8 +80,7 @@ class LabelsSection(QWidget):
         self.box.setCurrentIndex(layers.index(labels) if labels is not None and labels in layers else -1)
         self.box.setEnabled(bool(layers))
         self.new.setEnabled(opened is not None)
-        self.hint.setText(self._unusable() if opened is not None else "")
-        self.hint.setVisible(bool(self.hint.text()))
+        say(self.hint, self._unusable() if opened is not None else "")
         for widget in (self.table, self.add, self.drop):
             widget.setEnabled(labels is not None)
 
@@ -95,6 +96,7 @@ class LabelsSection(QWidget):
             if isinstance(layer, Labels)
             and _layers.role_of(layer) in (None, "labels")
             and layer not in usable
+            and _layers.belongs_to(self.session.viewer, layer, self.session.opened.layer)
         ]
         if not others:
             return ""
@@ -109,35 +111,59 @@ class LabelsSection(QWidget):
         assert rows is not None
         header.setSectionResizeMode(_NAME, QHeaderView.ResizeMode.Stretch)
         header.resizeSection(_COLOR, 28)
-        header.resizeSection(_VALUE, 50)
+        header.resizeSection(_VALUE, 56)
         rows.setVisible(False)
         table.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
         table.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
         table.setTabKeyNavigation(False)
-        table.setFixedHeight(112)
         table.setAccessibleName("Classes")
         table.setToolTip(
-            "Select a class to paint it; double-click its name to rename it, its colour to change it"
+            "Select a class to paint it; double-click its name (or F2) to rename it, its colour to change it"
         )
         return table
 
     def _show_classes(self) -> None:
+        """Show the classes; cells that are right already are left alone, one of them may be being edited."""
+        classes = self.session.classes
+        shown = [_values(self.table, row) for row in range(self.table.rowCount())]
         self.table.blockSignals(True)
-        self.table.setRowCount(len(self.session.classes))
-        selected = self.session.labels.selected_label if self.session.labels is not None else 0
-        for row, entry in enumerate(self.session.classes):
-            swatch = QPixmap(16, 16)
-            swatch.fill(QColor.fromRgbF(*entry.color))
-            color = QTableWidgetItem(QIcon(swatch), "")
-            color.setFlags(Qt.ItemFlag.ItemIsEnabled | Qt.ItemFlag.ItemIsSelectable)
-            value = QTableWidgetItem(str(entry.value))
-            value.setFlags(Qt.ItemFlag.ItemIsEnabled | Qt.ItemFlag.ItemIsSelectable)
-            self.table.setItem(row, _COLOR, color)
-            self.table.setItem(row, _NAME, QTableWidgetItem(entry.name))
-            self.table.setItem(row, _VALUE, value)
-            if entry.value == selected:
-                self.table.selectRow(row)
+        self.table.setRowCount(len(classes))
+        for row, entry in enumerate(classes):
+            color = QColor.fromRgbF(*entry.color)
+            if row >= len(shown) or shown[row] != (color.name(), entry.name, str(entry.value)):
+                self._fill_row(row, color, entry)
+        self._show_brush()
         self.table.blockSignals(False)
+        self._fit_height()
+
+    def _fill_row(self, row: int, color: QColor, entry: ClassEntry) -> None:
+        swatch = QPixmap(16, 16)
+        swatch.fill(color)
+        items = (QTableWidgetItem(QIcon(swatch), ""), QTableWidgetItem(entry.name), QTableWidgetItem())
+        items[_COLOR].setData(Qt.ItemDataRole.UserRole, color.name())
+        items[_VALUE].setText(str(entry.value))
+        for column in (_COLOR, _VALUE):
+            items[column].setFlags(Qt.ItemFlag.ItemIsEnabled | Qt.ItemFlag.ItemIsSelectable)
+        for column, item in enumerate(items):
+            self.table.setItem(row, column, item)
+
+    def _show_brush(self) -> None:
+        """Select the class that the brush paints, unless it is selected already."""
+        labels = self.session.labels
+        values = [entry.value for entry in self.session.classes]
+        if labels is None or labels.selected_label not in values:
+            self.table.clearSelection()
+        elif self.table.currentRow() != (row := values.index(labels.selected_label)):
+            self.table.setCurrentCell(row, _NAME)
+        elif not self.table.selectedItems():
+            self.table.selectRow(row)
+
+    def _fit_height(self) -> None:
+        rows, header = self.table.verticalHeader(), self.table.horizontalHeader()
+        assert rows is not None
+        assert header is not None
+        count = min(max(len(self.session.classes), 1), _MOST_ROWS)
+        self.table.setFixedHeight(header.sizeHint().height() + count * rows.defaultSectionSize() + 4)
 
     @answering
     def _chosen(self, index: int) -> None:
@@ -183,3 +209,12 @@ class LabelsSection(QWidget):
         row = self.table.currentRow()
         if 0 <= row < len(self.session.classes):
             self.session.pick_class(self.session.classes[row].value)
+
+
+def _values(table: QTableWidget, row: int) -> tuple[str, ...]:
+    """Colour, name and value that a row shows."""
+    color, name, value = (table.item(row, column) for column in (_COLOR, _NAME, _VALUE))
+    assert color is not None
+    assert name is not None
+    assert value is not None
+    return str(color.data(Qt.ItemDataRole.UserRole)), name.text(), value.text()

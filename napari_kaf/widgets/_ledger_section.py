@@ -8,8 +8,8 @@ from qtpy.QtWidgets import QGridLayout, QPushButton, QVBoxLayout, QWidget
 
 from napari_kaf._keys import with_key
 from napari_kaf._ledger import MEANING, Cell
-from napari_kaf.widgets._panel import Life, answering, heading, words
-from napari_kaf.widgets._strip import LedgerStrip
+from napari_kaf.widgets._panel import Life, answering, heading, say, words
+from napari_kaf.widgets._strip import LedgerStrip, legend
 
 
 class LedgerSection(QWidget):
@@ -25,6 +25,7 @@ class LedgerSection(QWidget):
         self.current = words()
         self.summary = words()
         column.addWidget(self.strip)
+        column.addWidget(self.summary)
         column.addWidget(self.current)
         grid = QGridLayout()
         grid.setSpacing(4)
@@ -51,7 +52,6 @@ class LedgerSection(QWidget):
         grid.addWidget(self.next, 1, 1)
         grid.addWidget(self.all_painted, 1, 2, 1, 2)
         column.addLayout(grid)
-        column.addWidget(self.summary)
         self.strip.chosen.connect(self.session.go_to)
         for signal in (self.session.ledger_changed, self.session.volume_changed, self.session.labels_changed):
             life.listen(signal, self.refresh)
@@ -67,12 +67,12 @@ class LedgerSection(QWidget):
         for button in (*self.buttons.values(), self.previous, self.next, self.all_painted):
             button.setEnabled(usable)
         if not usable:
-            self.current.setText("Every slice you label is marked here. New labels begins.")
-            self.summary.setText("")
+            say(self.current, "Every slice you label is marked here. New labels begins.")
+            say(self.summary, "")
             return
         cell = ledger.cell(min(z, len(ledger) - 1))
-        self.current.setText(f"Slice {z}: <b>{cell}</b>; {MEANING[cell]}.")
-        self.summary.setText(ledger.summary())
+        say(self.current, f"Slice {z}: <b>{cell}</b>; {MEANING[cell]}.")
+        say(self.summary, legend(ledger))
 
     @answering
     def mark(self, state: Cell) -> None:

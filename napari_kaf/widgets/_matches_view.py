@@ -241,7 +241,7 @@ def _share_slider(lowest: float, value: float) -> QLabeledDoubleSlider:
     slider = QLabeledDoubleSlider(Qt.Orientation.Horizontal)
     slider.setRange(lowest, 1)
     slider.setDecimals(2)
-    slider.setSingleStep(0.01)
+    slider.setSingleStep(0.01)  # type: ignore[arg-type]
     slider.setValue(value)
     return slider
 

@@ -11,7 +11,7 @@ from qtpy.QtWidgets import QComboBox, QFileDialog, QHBoxLayout, QPushButton, QVB
 
 from napari_kaf._models import SCRATCH, ModelChoice, choices, read_choice
 from napari_kaf._paths import models_folder
-from napari_kaf.widgets._panel import Life, answering, words
+from napari_kaf.widgets._panel import Life, answering, say, words
 
 
 class ModelBox(QWidget):
@@ -59,7 +59,7 @@ class ModelBox(QWidget):
     def refresh(self) -> None:
         """List the models there are now; what was chosen stays chosen while it exists."""
         before = self.choice
-        found = choices(self.session.runs, self.session.store, self._kinds)
+        found = choices(self.session.runs, self.session.results.store, self._kinds)
         opened = [choice for choice in self._opened if choice.path is not None and choice.path.is_file()]
         self._choices = [*self._fixed, *opened, *found]
         self.box.clear()
@@ -84,9 +84,7 @@ class ModelBox(QWidget):
 
     def _tell(self) -> None:
         choice = self.choice
-        self.about.setText(
-            choice.about if choice is not None else "No model yet: finetune one, or open a file."
-        )
+        say(self.about, choice.about if choice is not None else "No model yet: finetune one, or open a file.")
         self.changed.emit()
 
     @answering

@@ -14,6 +14,7 @@ from qtpy.QtWidgets import (
     QComboBox,
     QFrame,
     QLabel,
+    QPushButton,
     QScrollArea,
     QScrollBar,
     QSizePolicy,
@@ -100,15 +101,19 @@ class Panel(QScrollArea):
         self.column.setContentsMargins(6, 4, 6, 6)
         self.column.setSpacing(6)
         self.setWidget(content)
-        self.setMinimumWidth(340)
+        self.setMinimumWidth(336)
 
     def showEvent(self, event: Any) -> None:
-        """From the first showing on, the wheel scrolls the panel and changes no value it passes over."""
+        """From the first showing on, the wheel changes no value it passes over, and long names no width."""
         for kind in (QAbstractSpinBox, QComboBox, QAbstractSlider):
             for box in self.findChildren(kind):
-                if not isinstance(box, QScrollBar):
-                    box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
-                    box.installEventFilter(self)
+                if isinstance(box, QScrollBar):
+                    continue
+                box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
+                box.installEventFilter(self)
+                if isinstance(box, QComboBox):
+                    box.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
+                    box.setMinimumWidth(90)
         super().showEvent(event)
 
     def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
@@ -134,6 +139,14 @@ class Panel(QScrollArea):
         super().closeEvent(event)
 
 
+def button(text: str, tip: str, slot: Callable[..., None]) -> QPushButton:
+    """A button with a tooltip."""
+    made = QPushButton(text)
+    made.setToolTip(tip)
+    made.clicked.connect(slot)
+    return made
+
+
 def heading(text: str) -> QLabel:
     """A section's title."""
     label = QLabel(f"<b>{text}</b>")
@@ -142,9 +155,16 @@ def heading(text: str) -> QLabel:
 
 
 def words(text: str = "") -> QLabel:
-    """Text that wraps, and takes no more width than there is."""
+    """Text that wraps, takes no more width than there is, and no room while there is none; see `say`."""
     label = QLabel(text)
     label.setWordWrap(True)
     label.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Preferred)
     label.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+    label.setHidden(not text)
     return label
+
+
+def say(label: QLabel, text: str) -> None:
+    """Show words, or take no room without any; for labels that have their place already."""
+    label.setText(text)
+    label.setVisible(bool(text))

@@ -22,6 +22,17 @@ _LETTERS = {Cell.PARTIAL: "P", Cell.COMPLETE: "C", Cell.EMPTY: "E", Cell.PREDICT
 _LETTER_WIDTH = 11  # pixels a cell needs to bear its letter
 
 
+def legend(ledger: Ledger) -> str:
+    """How many slices are in which state, each with its colour, as HTML."""
+    parts = []
+    for cell in Cell:
+        if count := sum(ledger.cell(z) is cell for z in range(len(ledger))):
+            color = COLORS[cell]
+            solid = "#808080" if color.alpha() < 255 else color.name()
+            parts.append(f"<span style='color:{solid}'>■</span> {count} {cell}")
+    return "&nbsp;&nbsp; ".join(parts)
+
+
 class LedgerStrip(QWidget):
     """Shows a ledger; emits the slice that was clicked, or reached with the arrow keys."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import nibabel as nib
 from qtpy.QtWidgets import (
     QComboBox,
     QDoubleSpinBox,
@@ -16,9 +17,23 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
-from kaf_model.volume import read_volume
+from kaf_model.geometry import spacing_of
+from kaf_model.volume import Source, read_volume
 from napari_kaf import _layers
-from napari_kaf.widgets._panel import Life, answering, heading, words
+from napari_kaf.widgets._panel import Life, answering, heading, say, words
+
+if TYPE_CHECKING:
+    from napari.components import ViewerModel
+    from napari.layers import Image
+
+_DIRECTIONS = {
+    "L": "left-right",
+    "R": "left-right",
+    "A": "front-back",
+    "P": "front-back",
+    "S": "head-foot",
+    "I": "head-foot",
+}
 
 
 class VolumeSection(QWidget):
@@ -38,6 +53,7 @@ class VolumeSection(QWidget):
         column.addWidget(self.box)
         column.addWidget(self.about)
         column.addWidget(self.notices)
+        column.addWidget(self._make_axis_row())
         column.addWidget(self._make_frame_row())
         column.addWidget(self._make_spacing_row())
         column.addWidget(self._make_offer())
@@ -58,20 +74,18 @@ class VolumeSection(QWidget):
         self.box.setEnabled(bool(layers))
         chosen = opened is not None and opened.layer in layers
         self.box.setCurrentIndex(layers.index(opened.layer) if opened is not None and chosen else -1)
+        self._show_axes()
         self.spacing_row.setVisible(opened is not None and not opened.spacing_known)
-        frames = opened.layer.metadata.get(_layers.KEY, {}).get("frames", 1) if opened is not None else 1
+        frames = _layers.num_frames(opened.layer) if opened is not None else 1
         self.frame_row.setVisible(frames > 1)
         if opened is None:
-            self.about.setText(
-                "Open a volume: drag a file into the window, or File > Open Sample > KAF segmentation."
-            )
-            self.notices.setVisible(False)
+            say(self.about, _nothing_open(self.session.viewer))
+            say(self.notices, "")
             return
         z, y, x = opened.volume.shape
         size = " x ".join(f"{value:.4g}" for value in opened.volume.spacing)
-        self.about.setText(f"{z} slices of {y} x {x} pixels; voxels {size} mm (z, y, x), {opened.origin}")
-        self.notices.setText("\n".join(f"• {notice}" for notice in opened.volume.notices))
-        self.notices.setVisible(bool(opened.volume.notices))
+        say(self.about, f"{z} slices of {y} x {x} pixels; voxels {size} mm (z, y, x), {opened.origin}")
+        say(self.notices, "\n".join(f"• {notice}" for notice in opened.volume.notices))
         for box, value in zip(self.spacing_boxes, opened.volume.spacing, strict=True):
             box.setValue(value)
         if frames > 1:
@@ -101,6 +115,30 @@ class VolumeSection(QWidget):
         row.addWidget(self.use_spacing)
         column.addLayout(row)
         return self.spacing_row
+
+    def _make_axis_row(self) -> QWidget:
+        self.axis_row = QWidget()
+        row = QHBoxLayout(self.axis_row)
+        row.setContentsMargins(0, 0, 0, 0)
+        self.axis = QComboBox()
+        self.axis.setAccessibleName("Slices along")
+        self.axis.setToolTip(
+            "The axis the volume is cut into slices along, with their number and spacing; normally that of the "
+            "largest spacing. "
+            "Labels are cut with it and lose nothing"
+        )
+        self.axis.activated.connect(self._recut)
+        row.addWidget(QLabel("Slices along"))
+        row.addWidget(self.axis, 1)
+        return self.axis_row
+
+    def _show_axes(self) -> None:
+        opened = self.session.opened
+        self.axis_row.setVisible(opened is not None and opened.layer.ndim == 3)
+        self.axis.clear()
+        if opened is not None:
+            self.axis.addItems(_axes(opened.volume.source))
+            self.axis.setCurrentIndex(opened.volume.source.axes[0])
 
     def _make_frame_row(self) -> QWidget:
         self.frame_row = QWidget()
@@ -141,14 +179,28 @@ class VolumeSection(QWidget):
         self.offer.setVisible(offer is not None)
         if offer is not None:
             when = datetime.datetime.fromisoformat(offer.saved).strftime("%d %b %Y, %H:%M")
-            self.offer_text.setText(
+            say(
+                self.offer_text,
                 f"<b>Labels of this volume were saved on {when}</b>: {offer.num_marked} of {len(offer.states)} "
-                f"slices labelled, {len(offer.classes)} classes."
+                f"slices labelled, {len(offer.classes)} classes.",
             )
 
     @answering
     def _chosen(self, index: int) -> None:
-        self.session.choose_volume(_layers.image_layers(self.session.viewer)[index])
+        self._work_on(_layers.image_layers(self.session.viewer)[index])
+
+    def _work_on(self, layer: Image) -> None:
+        self.session.choose_volume(layer)
+        _layers.bring_forward(self.session.viewer, layer)
+
+    @answering
+    def _recut(self, index: int) -> None:
+        assert self.session.opened is not None
+        try:
+            if index != self.session.opened.volume.source.axes[0]:
+                self.session.recut(index)
+        finally:
+            self._show_axes()
 
     @answering
     def _give_spacing(self, *_: Any) -> None:
@@ -161,13 +213,7 @@ class VolumeSection(QWidget):
         volume = read_volume(source.path, frame=self.frame.value(), fill_nan=0)
         count = self.frame.maximum() + 1
         name = f"{volume.name} frame {self.frame.value()}"
-        layer = self.session.viewer.add_image(
-            volume.array,
-            name=name,
-            colormap="gray",
-            **_layers.layer_arguments(volume, "volume", frames=count),
-        )
-        self.session.choose_volume(layer)
+        self._work_on(_layers.add_volume(self.session.viewer, volume, name, count))
 
     @answering
     def _restore(self, *_: Any) -> None:
@@ -176,3 +222,26 @@ class VolumeSection(QWidget):
     @answering
     def _decline(self, *_: Any) -> None:
         self.session.decline_offer()
+
+
+def _axes(source: Source) -> list[str]:
+    """The stored axes in words."""
+    size, spacing = (*source.shape, 1)[:3], spacing_of(source.affine)
+    known = source.format != "array"
+    letters = nib.aff2axcodes(source.affine) if known else (None, None, None)
+    return [
+        f"{_DIRECTIONS.get(letter, f'array axis {2 - axis}')}: {size[axis]} x {spacing[axis]:.3g} mm"
+        for axis, letter in enumerate(letters)
+    ]
+
+
+def _nothing_open(viewer: ViewerModel) -> str:
+    """What to do while there is no volume, and what is wrong with the images that are there."""
+    from napari.layers import Image
+
+    told = "Open a volume: drag a file into the window, or File > Open Sample > KAF segmentation."
+    unusable = [layer for layer in viewer.layers if isinstance(layer, Image) and not _layers.role_of(layer)]
+    for layer in unusable:
+        what = "colours" if layer.rgb else f"{layer.ndim} axes"
+        told += f"\n{layer.name} has {what}; a volume has 3 axes, or 2, of grey values."
+    return told

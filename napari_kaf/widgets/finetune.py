@@ -6,20 +6,25 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QMessageBox, QPushButton, QWidget
 
 from napari_kaf._compass import attach_compass
 from napari_kaf._keys import KEYS, key_list
 from napari_kaf._ledger import Cell
+from napari_kaf.widgets._history_section import HistorySection
 from napari_kaf.widgets._labels_section import LabelsSection
 from napari_kaf.widgets._ledger_section import LedgerSection
 from napari_kaf.widgets._panel import Panel
 from napari_kaf.widgets._result_section import ResultSection
-from napari_kaf.widgets._training_section import TrainingSection
+from napari_kaf.widgets._training_section import FINETUNING, TrainingSection
 from napari_kaf.widgets._volume_section import VolumeSection
 
 if TYPE_CHECKING:
     import napari
+
+
+_LAID_OUT = 100  # milliseconds until what was just shown has its place
 
 
 def _without_viewer(action: Callable[[], None]) -> Callable[[object], None]:
@@ -40,17 +45,34 @@ class FinetuneWidget(Panel):
         self.ledger = LedgerSection(self.life)
         self.training = TrainingSection(self.life)
         self.result = ResultSection(self.life)
-        sections: tuple[QWidget, ...] = (self.volume, self.labels, self.ledger, self.training, self.result)
+        self.history = HistorySection(self.life)
+        sections: tuple[QWidget, ...] = (
+            self.volume,
+            self.labels,
+            self.ledger,
+            self.training,
+            self.result,
+            self.history,
+        )
         for section in sections:
             self.column.addWidget(section)
         self.keys = QPushButton("Keys")
         self.keys.setToolTip("All keys of this panel")
         self.keys.clicked.connect(self._show_keys)
         self.column.addWidget(self.keys)
-        self.column.addStretch()
+        self.column.addStretch(1)
         attach_compass(self.session.viewer)
         self._bind_keys()
+        self.life.listen(self.session.busy_changed, self._follow_the_work)
         self.session.poll()
+
+    def _follow_the_work(self) -> None:
+        if self.session.busy in ("", FINETUNING):
+            QTimer.singleShot(_LAID_OUT, self._scroll_to_the_work)
+
+    def _scroll_to_the_work(self) -> None:
+        """Show the curve when a finetuning began, and the result when it ended."""
+        self.ensureWidgetVisible(self.training.curve if self.training.row.running else self.result)
 
     def _bind_keys(self) -> None:
         actions: dict[str, Callable[[], None]] = {
@@ -60,7 +82,7 @@ class FinetuneWidget(Panel):
             "partial": lambda: self.ledger.mark(Cell.PARTIAL),
             "next": lambda: self.session.step_labelled(1),
             "previous": lambda: self.session.step_labelled(-1),
-            "finetune": self.training.toggle,
+            "finetune": self.training.row.toggle,
             "accept": self.result.accept_slice,
             "accept_all": self.result.accept_all,
             "reject": self.result.reject,

@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtpy.QtWidgets import (
-    QAbstractItemView,
     QComboBox,
     QFormLayout,
     QHBoxLayout,
     QLineEdit,
     QPushButton,
-    QTableWidget,
-    QTableWidgetItem,
 )
 
 from kaf_model.config import PRESETS, PretrainConfig, Recipe
@@ -33,15 +30,16 @@ from napari_kaf._pretrain_task import (
 from napari_kaf._sample_data import sample_folder, write_samples
 from napari_kaf._settings import DEVICES, description, settings
 from napari_kaf.widgets._curve import LiveCurve
-from napari_kaf.widgets._job_row import JobRow
+from napari_kaf.widgets._found_table import FoundTable, found_in_words
+from napari_kaf.widgets._job_row import STOPPED_AT_ONCE, JobRow, minutes
 from napari_kaf.widgets._pair_view import PairView
-from napari_kaf.widgets._panel import Panel, answering, heading, words
+from napari_kaf.widgets._panel import Panel, answering, heading, say, words
 from napari_kaf.widgets._path_row import FolderRow
 
 if TYPE_CHECKING:
     import napari
 
-_COLUMNS = ("volume", "slices", "pixels", "spacing mm", "")
+_NOTHING_CHOSEN = "No volumes yet: choose a folder. Labels are not needed."
 
 
 class PretrainWidget(Panel):
@@ -63,12 +61,8 @@ class PretrainWidget(Panel):
         self.sample.clicked.connect(self._use_samples)
         self.column.addWidget(self.folder)
         self.column.addWidget(self.sample)
-        self.table = QTableWidget(0, len(_COLUMNS))
-        self.table.setHorizontalHeaderLabels(_COLUMNS)
-        self.table.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
-        self.table.setFixedHeight(130)
-        self.table.setAccessibleName("Volumes in the folder")
-        self.found = words("Nothing chosen yet.")
+        self.table = FoundTable()
+        self.found = words(_NOTHING_CHOSEN)
         self.column.addWidget(self.table)
         self.column.addWidget(self.found)
         self.column.addWidget(heading("Training"))
@@ -97,13 +91,12 @@ class PretrainWidget(Panel):
         buttons.addWidget(self.resume)
         self.column.addLayout(buttons)
         self.curve = LiveCurve()
-        self.curve.setVisible(False)
         self.pair_title = words()
         self.pair = PairView()
         self.column.addWidget(self.curve)
         self.column.addWidget(self.pair_title)
         self.column.addWidget(self.pair)
-        self.column.addStretch()
+        self.column.addStretch(1)
         self.life.listen(self.session.busy_changed, self._show_state)
         self._preset_chosen()
         self._show_state()
@@ -147,20 +140,23 @@ class PretrainWidget(Panel):
         self.name.textChanged.connect(self._show_state)
         return form
 
+    def _recipe(self) -> Recipe:
+        return Recipe.preset(self.preset.currentText())  # type: ignore[arg-type]
+
     def _preset_chosen(self, *_: Any) -> None:
-        recipe = Recipe.preset(self.preset.currentText())  # type: ignore[arg-type]
+        recipe = self._recipe()
         self.steps.setEnabled(recipe.pretrain.steps is not None)
         if recipe.pretrain.steps is not None:
             self.steps.setValue(recipe.pretrain.steps)
         else:
             self.steps.setToolTip(f"This preset trains {recipe.pretrain.epochs:g} epochs")
-        self.estimate.setText("")
+        say(self.estimate, "")
 
     def _request(self, *, resume: bool) -> PretrainRequest:
         usable = [found.path for found in self._found if found.info is not None]
         if not usable:
             raise UserError("there is no volume to pretrain on; choose a folder that holds some")
-        recipe = Recipe.preset(self.preset.currentText())  # type: ignore[arg-type]
+        recipe = self._recipe()
         training = recipe.pretrain
         if training.steps is not None:
             training = training.override(steps=self.steps.value())
@@ -173,10 +169,10 @@ class PretrainWidget(Panel):
             lambda control: pretrain_task(request, control),
             on_report=self._reported,
             on_done=self._done,
+            nothing=STOPPED_AT_ONCE,
         )
         if not resume:
             self.curve.clear()
-        self.curve.setVisible(True)
         self._show_state()
 
     @answering
@@ -188,8 +184,7 @@ class PretrainWidget(Panel):
         folder = self.folder.path
         if folder is None:
             return
-        self._found = []
-        self._show_found()
+        self._scanned([])
         self.row.run(
             "Looking into the folder",
             lambda control: scan_task(folder, control),
@@ -199,25 +194,9 @@ class PretrainWidget(Panel):
 
     def _scanned(self, found: list[Found]) -> None:
         self._found = found
-        self._show_found()
-
-    def _show_found(self) -> None:
-        self.table.setRowCount(len(self._found))
-        for row, found in enumerate(self._found):
-            texts = [found.path.name, "", "", "", found.reason]
-            if found.info is not None:
-                z, y, x = found.info.shape
-                texts[1:4] = [str(z), f"{y} x {x}", " x ".join(f"{size:.3g}" for size in found.info.spacing)]
-            for column, text in enumerate(texts):
-                item = QTableWidgetItem(text)
-                item.setToolTip(found.reason or str(found.path))
-                self.table.setItem(row, column, item)
-        self.table.resizeColumnsToContents()
-        usable = [found.info for found in self._found if found.info is not None]
-        slices = sum(info.shape[0] for info in usable)
-        left_out = len(self._found) - len(usable)
-        more = f"; {left_out} cannot be used, for the reasons given" if left_out else ""
-        self.found.setText(f"{len(usable)} usable volumes, {slices} slices{more}." if self._found else "")
+        self.table.show_found(found)
+        say(self.found, found_in_words(found) if found else _NOTHING_CHOSEN)
+        say(self.estimate, "")
 
     @answering
     def _use_samples(self, *_: Any) -> None:
@@ -240,8 +219,8 @@ class PretrainWidget(Panel):
             slices = sum(found.info.shape[0] for found in self._found if found.info is not None)
             steps = round((request.training.epochs or 1) * slices / request.training.batch_size)
         total = seconds * steps
-        told = f"{total / 3600:.1f} hours" if total > 5400 else f"{total / 60:.0f} minutes"
-        self.estimate.setText(f"About {told}: {steps} steps of {seconds:.2f} s each, measured just now.")
+        told = f"{total / 3600:.1f} h" if total > 5400 else minutes(total)
+        say(self.estimate, f"About {told}: {steps} steps of {seconds:.2f} s each, measured just now.")
 
     def _toggle_pause(self, *_: Any) -> None:
         if self.life.job is None:
@@ -250,11 +229,11 @@ class PretrainWidget(Panel):
         self.life.job.control.pause(self._paused)
         self.pause.setText("Go on" if self._paused else "Pause")
         if self._paused:
-            self.row.status.setText("Paused after the step that runs.")
+            self.row.say("Paused after the step that runs.")
 
     def _reported(self, report: Any) -> None:
         if isinstance(report, PairPicture):
-            self.pair_title.setText(report.title)
+            say(self.pair_title, report.title)
             self.pair.show_pair(report)
         elif isinstance(report, Report) and report.progress.losses:
             losses = {name: value for name, value in report.progress.losses.items() if name != "total"}
@@ -264,13 +243,11 @@ class PretrainWidget(Panel):
         self._show_state()
         self.session.runs_changed.emit()  # lists of models look again
         if outcome.path is None:
-            self.row.status.setText("Stopped before anything was learnt.")
+            self.row.say(STOPPED_AT_ONCE)
         elif outcome.stopped:
-            self.row.status.setText(
-                f"Stopped after {outcome.steps} steps; {outcome.path} can be used, or resumed."
-            )
+            self.row.say(f"Stopped after {outcome.steps} steps; {outcome.path} can be used, or resumed.")
         else:
-            self.row.status.setText(f"Finished after {outcome.steps} steps: {outcome.path}")
+            self.row.say(f"Finished after {outcome.steps} steps: {outcome.path}")
 
     def _show_state(self, *_: Any) -> None:
         training = self.row.running and self.session.busy == "Pretraining"
@@ -282,4 +259,5 @@ class PretrainWidget(Panel):
         self.resume.setEnabled(interrupted and not self.session.busy)
         for widget in (self.folder, self.sample, self.trial, self.preset, self.device, self.name):
             widget.setEnabled(not self.row.running)
-        self.place.setText(f"Written as {self.output}")
+        self.steps.setEnabled(not self.row.running and self._recipe().pretrain.steps is not None)
+        say(self.place, f"Written as {self.output}")

@@ -27,7 +27,7 @@ from napari_kaf import _layers
 from napari_kaf._classes import entries_of
 from napari_kaf._form import check_box, choice_box
 from napari_kaf._segment_task import OpenSource, SegmentOutcome, SegmentRequest, VolumeSegmented, segment_task
-from napari_kaf._settings import settings
+from napari_kaf._settings import DEVICES, description, settings
 from napari_kaf.widgets._job_row import JobRow
 from napari_kaf.widgets._model_box import ModelBox
 from napari_kaf.widgets._panel import Panel, answering, heading
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     import napari
 
 _OPEN, _FOLDER = range(2)
-_COLUMNS = ("volume", "class", "ml", "Dice", "HD95 mm", "reference ml")
+_COLUMNS = ("Volume", "Class", "ml", "Dice", "HD95, mm", "Reference, ml")
 _BESIDE = "the labels beside each volume"
 _NONE = "none"
 _PIECES = {
-    "learned": "Pieces: one where the labels had one",
-    "all": "Pieces: the largest of every class",
-    "none": "Pieces: all of them",
+    "learned": "one where the labels had one",
+    "all": "the largest of every class",
+    "none": "all of them",
 }
 
 
@@ -68,19 +68,21 @@ class SegmentWidget(Panel):
         self.column.addWidget(self.source)
         self.column.addWidget(self._make_open())
         self.column.addWidget(self._make_folder())
-        self.uncertainty = check_box(SegmentConfig, "uncertainty", "uncertainty map")
-        self.pieces = choice_box(SegmentConfig, "largest_component", _PIECES)
-        self.pieces.setAccessibleName("Pieces of a class that are kept")
-        self.flips = check_box(SegmentConfig, "flips", "average over mirrored slices")
-        for box in (self.pieces, self.uncertainty, self.flips):
-            self.column.addWidget(box)
+        self.column.addWidget(heading("Options"))
+        self.column.addLayout(self._make_options())
         self.row = JobRow(self.life, "Segment", self.start)
         self.row.button.setToolTip("Segment every chosen volume; Cancel keeps those that are done")
         self.column.addWidget(self.row)
+        self.scores = heading("Volumes and scores")
+        self.column.addWidget(self.scores)
         self.table = QTableWidget(0, len(_COLUMNS))
         self.table.setHorizontalHeaderLabels(_COLUMNS)
         self.table.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
+        self.table.setTabKeyNavigation(False)
         self.table.setMinimumHeight(140)
+        rows = self.table.verticalHeader()
+        assert rows is not None
+        rows.setVisible(False)
         self.table.setAccessibleName("Volumes and scores of each class")
         self.column.addWidget(self.table)
         self.csv = QPushButton("Save CSV…")
@@ -88,7 +90,8 @@ class SegmentWidget(Panel):
         self.csv.setEnabled(False)
         self.csv.clicked.connect(self._save_csv)
         self.column.addWidget(self.csv)
-        self.column.addStretch()
+        self.column.addStretch(1)
+        self._show_table()
         self.source.currentIndexChanged.connect(self._show_source)
         self._offered: set[int] = set()
         for signal in (self.session.layers_changed, self.session.volume_changed):
@@ -111,6 +114,8 @@ class SegmentWidget(Panel):
             tick = id(layer) in ticked
             item.setCheckState(Qt.CheckState.Checked if tick else Qt.CheckState.Unchecked)
             self.layers.addItem(item)
+        if not self.layers.count():
+            self.layers.addItem("No volume is open")
 
     def start(self) -> None:
         """Segment what was chosen.
@@ -127,10 +132,11 @@ class SegmentWidget(Panel):
             flips=self.flips.isChecked(),
         )
         if self.source.currentIndex() == _OPEN:
-            request = SegmentRequest(choice.path, config, settings().device, self._open_sources())
+            request = SegmentRequest(choice.path, config, self.device.currentText(), self._open_sources())
         else:
             request = self._folder_request(choice.path, config)
         self.table.setRowCount(0)
+        self._show_table()
         self.csv.setEnabled(False)
         self.row.run(
             "Segmenting",
@@ -139,12 +145,33 @@ class SegmentWidget(Panel):
             on_done=self._done,
         )
 
+    def _make_options(self) -> QFormLayout:
+        form = QFormLayout()
+        self.pieces = choice_box(SegmentConfig, "largest_component", _PIECES)
+        self.device = QComboBox()
+        self.device.addItems(DEVICES)
+        self.device.setCurrentText(settings().device)
+        self.device.setToolTip(description("device"))
+        self.device.currentTextChanged.connect(lambda name: setattr(settings(), "device", name))
+        self.uncertainty = check_box(SegmentConfig, "uncertainty", "Uncertainty map")
+        self.flips = check_box(SegmentConfig, "flips", "Average over mirrored slices")
+        form.addRow("Pieces", self.pieces)
+        form.addRow("Device", self.device)
+        form.addRow(self.uncertainty)
+        form.addRow(self.flips)
+        return form
+
+    def _show_table(self) -> None:
+        there = self.table.rowCount() > 0
+        for widget in (self.scores, self.table, self.csv):
+            widget.setVisible(there)
+
     def _make_open(self) -> QWidget:
         self.open_page = QWidget()
         form = QFormLayout(self.open_page)
         form.setContentsMargins(0, 0, 0, 0)
         self.layers = QListWidget()
-        self.layers.setFixedHeight(84)
+        self.layers.setFixedHeight(70)
         self.layers.setToolTip("Tick the volumes to segment")
         self.layers.setAccessibleName("Open volumes")
         self.reference = QComboBox()
@@ -212,7 +239,7 @@ class SegmentWidget(Panel):
         return SegmentRequest(
             model,
             config,
-            settings().device,
+            self.device.currentText(),
             folder=self.input.path,
             output=self.output.path,
             references=self.references.path,
@@ -230,6 +257,7 @@ class SegmentWidget(Panel):
             for column, text in enumerate(texts):
                 self.table.setItem(row, column, QTableWidgetItem(text))
         self.table.resizeColumnsToContents()
+        self._show_table()
         if report.key is not None:
             self._show(self._sources[report.key], report)
 
@@ -249,7 +277,7 @@ class SegmentWidget(Panel):
         if session.opened is not None and session.opened.layer is opened.layer:
             if not session.classes:
                 session.set_classes(entries)
-            session.show_run(None, report.segmentation.labels)
+            session.results.show(None, report.segmentation.labels)
         else:
             _layers.show(viewer, opened, report.segmentation.labels, "result", entries, name="result")
 
@@ -257,10 +285,13 @@ class SegmentWidget(Panel):
         self._outcome = outcome
         self.csv.setEnabled(bool(outcome.scores.rows))
         count = len({row.volume for row in outcome.scores.rows})
-        told = f"{'Stopped' if outcome.stopped else 'Finished'}: {count} volumes"
+        told = (
+            f"{'Stopped' if outcome.stopped else 'Finished'}: {count} {'volume' if count == 1 else 'volumes'}"
+        )
         if outcome.problems:
-            told += f"; {len(outcome.problems)} problems: {'; '.join(outcome.problems[:3])}"
-        self.row.status.setText(told)
+            told += f"; passed over or not compared: {'; '.join(outcome.problems[:3])}"
+            told += f" and {more} more" if (more := len(outcome.problems) - 3) > 0 else ""
+        self.row.say(told)
 
     @answering
     def _save_csv(self, *_: Any) -> None:
@@ -281,7 +312,7 @@ class SegmentWidget(Panel):
             self._outcome.scores.to_csv(path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
-        self.row.status.setText(f"Table saved as {path}")
+        self.row.say(f"Table saved as {path}")
 
 
 def _number(value: float, digits: int) -> str:

@@ -113,17 +113,17 @@ def test_label_finetune_accept_export(make_napari_viewer, qtbot, plugin_home, no
     drawn = panel.session.labels.data.copy()
     assert _dice(drawn[[2, 4, 7]] == 1, truth[[2, 4, 7]]) > 0.97  # the hand was steady
 
-    minutes = panel.training.minutes.lineEdit()
-    panel.ensureWidgetVisible(panel.training.minutes)
+    minutes = panel.training.form.minutes.lineEdit()
+    panel.ensureWidgetVisible(panel.training.form.minutes)
     minutes.selectAll()
     QTest.keyClicks(minutes, MINUTES)
     QTest.keyClick(minutes, Qt.Key.Key_Return)
-    click(panel.training.button)
-    assert panel.training.button.text() == "Cancel"
+    click(panel.training.row.button)
+    assert panel.training.row.button.text() == "Cancel"
     training = panel.training
     qtbot.waitUntil(lambda: len(training.curve.points("total")) >= ENOUGH_STEPS, timeout=900_000)
     assert [layer for layer in viewer.layers if layer.name.endswith("preview")]
-    click(training.button)
+    click(training.row.button)
     qtbot.waitUntil(lambda: panel.session.result_labels is not None, timeout=60_000)
     assert np.array_equal(panel.session.labels.data, drawn)  # the result came in a layer of its own
 

@@ -400,3 +400,15 @@ def test_real_volumes_and_their_labels(tmp_path):
         labels = read_labels(DATA / "acdc" / "labels" / path.name, volume)
         assert set(np.unique(labels)) <= {0, 1, 2, 3}
         check_labels_lie_on(path, tmp_path, volume, threshold=100)
+
+
+def test_a_volume_cut_along_another_axis_is_the_one_that_reading_cuts(tmp_path):
+    path = tmp_path / "scan.nii.gz"
+    stored = np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4)
+    nib.save(nib.Nifti1Image(stored, np.diag([1.5, -2.0, 8.0, 1.0])), path)
+    volume = read_volume(path)
+    for axis in range(3):
+        ours, wanted = volume.along(axis), read_volume(path, slice_axis=axis)
+        np.testing.assert_array_equal(ours.array, wanted.array)
+        np.testing.assert_allclose(ours.affine, wanted.affine)
+        np.testing.assert_array_equal(ours.to_stored(ours.array), stored)

@@ -473,8 +473,8 @@ def test_the_wheel_moves_no_slider_it_passes_over(explored):
     from qtpy.QtGui import QWheelEvent
     from qtpy.QtWidgets import QAbstractSlider, QApplication
 
-    _viewer, panel = explored
-    panel.show()
+    viewer, panel = explored
+    viewer.show()
     turn = QWheelEvent(
         QPointF(5, 5),
         QPointF(5, 5),

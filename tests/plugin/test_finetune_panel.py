@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
 import pytest
 
 from kaf_model.errors import UserError
+from kaf_model.progress import Progress
 from napari_kaf import _layers
 from napari_kaf._finetune_task import FinetuneRequest
+from napari_kaf._jobs import Report
 from napari_kaf._keys import KEYS
 from napari_kaf._ledger import Cell
 
@@ -24,7 +27,7 @@ def labelled(open_panel, small_heart, truth):
         plane[z] = True
         _layers.write_into(panel.session.labels, (truth > 0).astype(np.uint8), plane)
     panel.session.mark(Cell.COMPLETE, [1, 3])
-    panel.training.minutes.setValue(0.1)
+    panel.training.form.minutes.setValue(0.1)
     return viewer, panel
 
 
@@ -44,7 +47,7 @@ def test_it_opens_in_under_a_second_once_napari_is_up(make_napari_viewer, plugin
 def test_the_empty_state_says_what_to_do(open_panel):
     _viewer, panel = open_panel("Finetune")
     assert "Open a volume" in panel.volume.about.text()
-    assert not panel.training.button.isEnabled()
+    assert not panel.training.row.button.isEnabled()
     assert not panel.labels.new.isEnabled()
 
 
@@ -59,9 +62,9 @@ def test_layers_that_are_open_are_picked_up(open_panel, small_heart):
 def test_finetune_without_a_marked_slice_says_so(open_panel, small_heart, notifications):
     _viewer, panel = open_panel("Finetune", small_heart)
     panel.labels.new.click()
-    panel.training.button.click()
+    panel.training.row.button.click()
     assert "no slice is marked yet" in notifications[-1]
-    assert panel.training.button.isEnabled()
+    assert panel.training.row.button.isEnabled()
 
 
 def test_one_class_only_is_explained_and_everything_stays_usable(
@@ -71,19 +74,19 @@ def test_one_class_only_is_explained_and_everything_stays_usable(
     panel.labels.new.click()
     panel.session.labels.data_setitem((np.array([1]), np.array([20]), np.array([20])), 1)
     panel.session.poll()  # partial: nothing is known to be background
-    panel.training.button.click()
+    panel.training.row.button.click()
     finish(panel, qtbot)
     assert "no background" in notifications[-1]
-    assert panel.training.button.isEnabled()
-    assert panel.training.button.text() == "Finetune"
+    assert panel.training.row.button.isEnabled()
+    assert panel.training.row.button.text() == "Finetune"
     assert not panel.session.runs
 
 
 def test_from_click_to_history(labelled, qtbot, notifications):
     viewer, panel = labelled
     drawn = panel.session.labels.data.copy()
-    panel.training.button.click()
-    assert panel.training.button.text() == "Cancel"
+    panel.training.row.button.click()
+    assert panel.training.row.button.text() == "Cancel"
     panel.session.labels.data_setitem((np.array([0]), np.array([5]), np.array([5])), 1)  # painting goes on
     finish(panel, qtbot)
     session = panel.session
@@ -93,36 +96,103 @@ def test_from_click_to_history(labelled, qtbot, notifications):
     assert session.runs[0].steps >= 1
     assert len(panel.training.curve.points("total")) == session.runs[0].steps
     assert viewer.layers.selection.active is session.labels
-    assert panel.training.model.box.count() == 2  # from scratch, and this run
-    panel.result.history.setCurrentRow(0)
-    session.store.rename(session.runs[0], "best")
-    session.reload_runs()
-    assert "best" in panel.result.history.item(0).text()
-    session.reject()
-    panel.result.show_it.click()
+    assert panel.training.form.model.box.count() == 2  # from scratch, and this run
+    panel.history.table.selectRow(0)
+    session.results.store.rename(session.runs[0], "best")
+    session.results.reload()
+    assert panel.history.table.item(0, 0).text() == "best"
+    session.results.reject()
+    panel.history.show_it.click()
     assert session.result_labels is not None
-    panel.result.compare.click()
+    panel.history.compare.click()
     assert _layers.layers_with_role(viewer, "comparison")
 
 
 def test_cancel_stops_soon_and_keeps_the_best_so_far(labelled, qtbot):
     _viewer, panel = labelled
-    panel.training.minutes.setValue(60)
-    panel.training.button.click()
+    panel.training.form.minutes.setValue(60)
+    panel.training.row.button.click()
     qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=300_000)
-    panel.training.button.click()
-    assert not panel.training.button.isEnabled()
+    panel.training.row.button.click()
+    assert not panel.training.row.button.isEnabled()
     finish(panel, qtbot)
     (run,) = panel.session.runs
     assert run.stopped
-    assert panel.session.store.model_path(run.key).is_file()
-    assert not list(panel.session.store.folder.glob("*.resume.*"))
+    assert panel.session.results.store.model_path(run.key).is_file()
+    assert not list(panel.session.results.store.folder.glob("*.resume.*"))
+
+
+def test_cancel_stops_within_a_long_step(labelled, qtbot, monkeypatch):
+    _viewer, panel = labelled
+    from torch.nn import Conv2d
+
+    slow, forward = threading.Event(), Conv2d.forward
+
+    def slowly(self: Conv2d, image: object) -> object:
+        if slow.is_set():
+            time.sleep(0.5)  # a step of many layers then takes a quarter of a minute
+        return forward(self, image)
+
+    monkeypatch.setattr(Conv2d, "forward", slowly)
+    panel.training.form.minutes.setValue(60)
+    panel.training.row.button.click()
+    curve = panel.training.curve
+    qtbot.waitUntil(lambda: len(curve.points("total")) >= 1, timeout=300_000)
+    slow.set()
+    qtbot.wait(1000)  # well within a step
+    asked = time.monotonic()
+    panel.training.row.button.click()
+    qtbot.waitUntil(lambda: "segmenting" in panel.training.row.status.text(), timeout=120_000)
+    slow.clear()
+    assert time.monotonic() - asked < 8  # the step alone takes longer
+    finish(panel, qtbot)
+    (run,) = panel.session.runs
+    assert run.steps == len(curve.points("total"))
+    assert panel.session.result_labels is not None
+
+
+def test_what_nothing_can_interrupt_is_not_waited_for(labelled, qtbot, monkeypatch):
+    _viewer, panel = labelled
+    imported = threading.Event()
+
+    def importing(request: FinetuneRequest, control: object):
+        yield from ()
+        imported.wait(60)
+
+    monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", importing)
+    panel.training.row.button.click()
+    qtbot.wait(100)
+    asked = time.monotonic()
+    panel.training.row.button.click()
+    finish(panel, qtbot)
+    assert time.monotonic() - asked < 2
+    assert panel.training.row.status.text() == "Stopped before anything was learnt."
+    assert panel.training.row.button.isEnabled()
+    imported.set()
+
+
+def test_a_second_cancel_takes_what_was_last_seen(labelled, qtbot, monkeypatch):
+    _viewer, panel = labelled
+    from napari_kaf import _finetune_task
+
+    monkeypatch.setattr(_finetune_task, "FIRST_VOLUME_PREVIEW", 0.0)
+    panel.training.form.minutes.setValue(60)
+    seen: list[np.ndarray] = []
+    shown = panel.training._show_preview
+    panel.training._show_preview = lambda report: (seen.append(report), shown(report))
+    panel.training.row.button.click()
+    qtbot.waitUntil(lambda: bool(seen), timeout=300_000)
+    job = panel.life.job
+    job.control.cancel()
+    job.control.cancel()
+    finish(panel, qtbot)
+    np.testing.assert_array_equal(panel.session.result_labels, seen[-1].labels)
 
 
 def test_closing_the_panel_ends_the_training(labelled, qtbot):
     viewer, panel = labelled
-    panel.training.minutes.setValue(60)
-    panel.training.button.click()
+    panel.training.form.minutes.setValue(60)
+    panel.training.row.button.click()
     qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=300_000)
     worker = panel.life.job._worker
     viewer.window.remove_dock_widget("all")
@@ -132,7 +202,7 @@ def test_closing_the_panel_ends_the_training(labelled, qtbot):
 
 def test_deleting_the_volume_while_it_trains_does_no_harm(labelled, qtbot, notifications):
     viewer, panel = labelled
-    panel.training.button.click()
+    panel.training.row.button.click()
     viewer.layers.clear()
     finish(panel, qtbot)
     qtbot.wait(300)
@@ -145,7 +215,7 @@ def test_a_broken_checkpoint_is_answered(open_panel, small_heart, tmp_path):
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match=r"broken\.safetensors cannot be used"):
-        panel.training.model.add_file(broken)
+        panel.training.form.model.add_file(broken)
 
 
 def test_an_unforeseen_error_becomes_a_message_with_its_details_kept(
@@ -158,11 +228,11 @@ def test_an_unforeseen_error_becomes_a_message_with_its_details_kept(
         raise ZeroDivisionError("some library")
 
     monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", burst)
-    panel.training.button.click()
+    panel.training.row.button.click()
     finish(panel, qtbot)
     assert "ZeroDivisionError: some library" in notifications[-1]
     assert "ZeroDivisionError" in (plugin_home / "errors.log").read_text()
-    assert panel.training.button.isEnabled()
+    assert panel.training.row.button.isEnabled()
 
 
 def test_keys_are_bound_and_listed_once(labelled):
@@ -182,11 +252,14 @@ def test_export_says_same_grid(labelled, tmp_path):
 
 def test_settings_are_remembered(open_panel):
     _viewer, panel = open_panel("Finetune")
-    panel.training.minutes.setValue(7)
+    panel.training.form.minutes.setValue(7)
     from napari_kaf._settings import settings
 
     assert settings().minutes == 7
-    assert panel.training.minutes.toolTip() == "How long a finetuning trains before it hands over its result."
+    assert (
+        panel.training.form.minutes.toolTip()
+        == "How long a finetuning trains before it hands over its result."
+    )
 
 
 def test_the_strip_goes_where_it_is_clicked(labelled, qtbot):
@@ -205,8 +278,8 @@ def test_the_strip_goes_where_it_is_clicked(labelled, qtbot):
 
 def test_closing_the_viewer_ends_the_training_and_keeps_the_strokes(labelled, qtbot):
     viewer, panel = labelled
-    panel.training.minutes.setValue(60)
-    panel.training.button.click()
+    panel.training.form.minutes.setValue(60)
+    panel.training.row.button.click()
     qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=300_000)
     worker, volume_path = panel.life.job._worker, panel.session.opened.path
     panel.session.labels.data_setitem((np.array([2]), np.array([9]), np.array([9])), 1)
@@ -223,7 +296,7 @@ def test_the_wheel_scrolls_and_changes_no_value(labelled, qtbot):
     from qtpy.QtGui import QWheelEvent
     from qtpy.QtWidgets import QApplication
 
-    panel.training.minutes.clearFocus()
+    panel.training.form.minutes.clearFocus()
     turn = QWheelEvent(
         QPointF(5, 5),
         QPointF(5, 5),
@@ -234,9 +307,9 @@ def test_the_wheel_scrolls_and_changes_no_value(labelled, qtbot):
         Qt.ScrollPhase.NoScrollPhase,
         False,
     )
-    before = panel.training.minutes.value()
-    QApplication.sendEvent(panel.training.minutes, turn)
-    assert panel.training.minutes.value() == before
+    before = panel.training.form.minutes.value()
+    QApplication.sendEvent(panel.training.form.minutes, turn)
+    assert panel.training.form.minutes.value() == before
 
 
 def test_a_class_that_is_not_painted_is_not_trained(labelled, monkeypatch):
@@ -253,3 +326,22 @@ def test_a_class_that_is_not_painted_is_not_trained(labelled, monkeypatch):
     panel.training.start()
     time.sleep(0.2)
     assert asked[0].class_names == {1: "structure"}
+
+
+def test_while_it_trains_nothing_moves_in_the_window_by_itself(labelled, qtbot, monkeypatch):
+    _viewer, panel = labelled
+    ended = threading.Event()
+
+    def waiting(request: FinetuneRequest, control: object):
+        yield Report(Progress("loading the engine", 0, None))
+        ended.wait(60)
+
+    monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", waiting)
+    panel.training.row.button.click()
+    bar = panel.training.row.bar
+    qtbot.waitUntil(lambda: panel.training.row.status.text() == "Loading the engine")
+    assert bar.maximum() > bar.minimum()  # a bar without a range is animated, and each frame draws the canvas
+    assert bar.value() == 0
+    panel.training.row.button.click()
+    ended.set()
+    finish(panel, qtbot)

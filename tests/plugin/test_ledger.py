@@ -10,7 +10,7 @@ import pytest
 
 from kaf_model.errors import UserError
 from napari_kaf._classes import ClassEntry
-from napari_kaf._ledger import Cell, Ledger
+from napari_kaf._ledger import Cell, Ledger, recut_states
 from napari_kaf._sidecar import Sidecar, Snapshot
 
 CLASSES = (ClassEntry(1, "left ventricle", (0.9, 0.6, 0.0, 1.0)),)
@@ -125,3 +125,14 @@ def _half_a_file(file, **_arrays) -> None:
 def test_paths_are_made(tmp_path: Path, plugin_home, voxels, snapshot):
     path = Sidecar(None, "an array/with odd: name", voxels).save(snapshot)
     assert path.is_relative_to(plugin_home)
+
+
+def test_a_recut_ledger_says_no_more_than_was_known():
+    labels = np.zeros((3, 2, 4), np.uint8)
+    labels[0, 1] = labels[1, 0] = 1
+    accepted = np.zeros(labels.shape, bool)
+    accepted[:, 0] = True
+    states = (Cell.ACCEPTED, Cell.COMPLETE)
+    assert recut_states(states, labels, accepted) == (Cell.PARTIAL, Cell.ACCEPTED, Cell.UNTOUCHED)
+    finished = (Cell.EMPTY, Cell.COMPLETE)
+    assert recut_states(finished, labels, ~accepted & accepted) == (Cell.COMPLETE, Cell.COMPLETE, Cell.EMPTY)

@@ -59,7 +59,7 @@ def test_segment_an_open_volume_against_its_labels(
     panel.reference.setCurrentText(_BESIDE)
     panel.row.button.click()
     finish(panel, qtbot)
-    assert "1 volumes" in panel.row.status.text()
+    assert "1 volume" in panel.row.status.text()
     assert panel.table.rowCount() == 3
     assert _layers.layers_with_role(viewer, "result")[0].data.shape == (5, 48, 64)
     (uncertainty,) = _layers.layers_with_role(viewer, "uncertainty")
@@ -85,7 +85,7 @@ def test_segment_a_folder_into_a_folder(open_panel, small_heart, model, qtbot, t
     finish(panel, qtbot)
     written = nib.load(tmp_path / "out" / small_heart.name)
     np.testing.assert_allclose(written.affine, nib.load(small_heart).affine)
-    assert "1 problems" in panel.row.status.text()
+    assert "passed over" in panel.row.status.text()
     assert "broken.nii.gz" in panel.row.status.text()
 
 
@@ -110,8 +110,8 @@ def pretrain_panel(open_panel, small_heart, qtbot):
 
 
 def test_the_folder_is_looked_at_before_training(pretrain_panel):
-    assert "1 usable volumes, 5 slices; 1 cannot be used" in pretrain_panel.found.text()
-    reasons = [pretrain_panel.table.item(row, 4).text() for row in range(2)]
+    assert "1 usable volume, 5 slices; 1 cannot be used" in pretrain_panel.found.text()
+    reasons = [pretrain_panel.table.item(row, 1).text() for row in range(2)]
     assert any("cannot be read" in reason for reason in reasons)
     assert pretrain_panel.table.item(1, 2).text() == "48 x 64"
 

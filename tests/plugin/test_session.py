@@ -84,7 +84,7 @@ def give_result(session: Session, value: int = 1) -> np.ndarray:
     result = np.zeros(SHAPE, np.uint8)
     result[:, 2:8, 2:10] = value
     run = Run("k", "run 1", "2026-01-01T00:00:00+00:00", {0: "complete"}, 5, 1.0, False, None, "", "CPU")
-    session.show_run(run, result)
+    session.results.show(run, result)
     return result
 
 
@@ -103,7 +103,7 @@ def test_accepting_fills_what_is_not_the_users_and_undo_takes_it_back(session):
     session.mark(Cell.COMPLETE, [0])
     drawn = session.labels.data.copy()
     result = give_result(session)
-    assert session.accept(range(4)) == 3
+    assert session.results.accept(range(4)) == 3
     np.testing.assert_array_equal(session.labels.data[0], drawn[0])  # complete: as drawn
     np.testing.assert_array_equal(session.labels.data[1], np.where(drawn[1], drawn[1], result[1]))
     np.testing.assert_array_equal(session.labels.data[2:], result[2:])
@@ -119,7 +119,7 @@ def test_accepting_fills_what_is_not_the_users_and_undo_takes_it_back(session):
 
 def test_accepted_slices_are_not_trained_on_until_marked(session):
     give_result(session)
-    session.accept(range(4))
+    session.results.accept(range(4))
     assert session.ledger.training() == {}
 
 
@@ -128,15 +128,15 @@ def test_accepting_a_finished_slice_is_refused(session):
     session.mark(Cell.COMPLETE)
     give_result(session)
     with pytest.raises(UserError, match="stays as you drew it"):
-        session.accept()
+        session.results.accept()
 
 
 def test_rejecting_removes_the_layer(session, viewer):
     give_result(session)
-    session.reject()
+    session.results.reject()
     assert not _layers.layers_with_role(viewer, "result")
     with pytest.raises(UserError, match="no result"):
-        session.accept()
+        session.results.accept()
 
 
 def test_strokes_are_saved_within_seconds_and_come_back_after_a_crash(session, viewer, monkeypatch):
@@ -285,3 +285,78 @@ def test_a_shapes_layer_does_no_harm(make_napari_viewer, plugin_home, nothing_le
     session = session_for(viewer)
     session.poll()
     assert session.opened is not None
+
+
+def test_a_volume_is_cut_along_another_axis_with_its_labels(session, viewer):
+    paint(session, 1)
+    paint(session, 2, value=2)
+    session.mark(Cell.COMPLETE, [1])
+    drawn = session.labels.data.copy()
+    session.recut(0)
+    assert session.opened.volume.shape == (16, 4, 12)  # stored (x, y, z); Y runs down from the top slice
+    assert {layer.data.shape for layer in viewer.layers} == {(16, 4, 12)}
+    assert np.count_nonzero(session.labels.data) == np.count_nonzero(drawn)
+    assert session.ledger.states[4:9] == (Cell.PARTIAL,) * 5
+    assert session.ledger.states[3] is Cell.UNTOUCHED
+    assert [entry.value for entry in session.classes] == [1, 2]
+    session.recut(2)
+    np.testing.assert_array_equal(session.labels.data, drawn)
+
+
+def test_work_on_another_cut_is_restored_in_that_cut(session, viewer):
+    paint(session, 1)
+    session.recut(0)
+    session.mark(Cell.PARTIAL, [4])
+    drawn = session.labels.data.copy()
+    session.flush()
+    other = ViewerModel()
+    volume = session.opened.volume.along(2)
+    other.add_image(volume.array, name="scan", **_layers.layer_arguments(volume, "volume"))
+    again = Session(other)
+    again.poll()
+    assert again.opened.volume.shape == SHAPE
+    again.restore()
+    assert again.opened.volume.shape == (16, 4, 12)
+    np.testing.assert_array_equal(again.labels.data, drawn)
+    again.close()
+
+
+def test_while_a_task_runs_the_volume_is_not_recut(session):
+    session.set_busy("Finetuning")
+    with pytest.raises(UserError, match="Finetuning is running"):
+        session.recut(0)
+
+
+def test_labels_of_another_height_and_width_are_noticed(session):
+    said = []
+    session.warned.connect(said.append)
+    session.labels.data = np.zeros((SHAPE[0], 10, 10), np.uint8)
+    session.poll()
+    assert "no longer has the shape" in said[0]
+    assert session.labels is None
+
+
+def test_two_volumes_of_one_grid_share_no_labels(session, viewer):
+    paint(session, 1)
+    give_result(session)
+    volume = session.opened.volume
+    second = Volume.from_array(volume.array + 1, volume.spacing, name="second")
+    layer = _layers.add_volume(viewer, second, "second")
+    first, first_labels = session.opened.layer, session.labels
+    session.choose_volume(layer)
+    assert session.labels is None
+    assert not _layers.layers_with_role(viewer, "result", layer)
+    _layers.bring_forward(viewer, layer)
+    assert [shown.name for shown in viewer.layers if shown.visible] == ["second"]
+    session.choose_volume(first)
+    assert session.labels is first_labels
+
+
+def test_choosing_a_volume_shows_a_slice_of_it(session, viewer):
+    volume = Volume.from_array(np.arange(2400, dtype=np.int16).reshape(40, 6, 10), (8, 2, 2), name="long")
+    layer = _layers.add_volume(viewer, volume, "long")
+    _layers.go_to(viewer, layer, 38)
+    _layers.bring_forward(viewer, layer)
+    assert _layers.current_slice(viewer, layer) == 38
+    _layers.bring_forward(viewer, session.opened.layer)  # it has 4 slices
+    assert session.slice == 2

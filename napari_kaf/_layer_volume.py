@@ -1,0 +1,157 @@
+"""An image layer as a volume, and a volume as the arguments of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaf_model.volume import Volume, VolumeError, read_volume
+
+if TYPE_CHECKING:
+    from napari.layers import Image, Layer
+
+KEY = "napari-kaf"
+Role = Literal["volume", "labels", "result", "preview", "comparison", "uncertainty", "explore"]
+_UNITS_IN_MM = {"millimeter": 1.0, "micrometer": 1e-3, "centimeter": 10.0, "meter": 1000.0, "nanometer": 1e-6}
+
+
+@dataclass(frozen=True, eq=False)
+class OpenVolume:
+    """An image layer as a volume.
+
+    Attributes:
+        layer: The image layer.
+        volume: Its voxels with their place in the world.
+        spacing_known: False when the voxel size is a guess that the user has to confirm.
+        origin: Where the voxel size comes from, in words.
+    """
+
+    layer: Image
+    volume: Volume
+    spacing_known: bool
+    origin: str
+
+    @property
+    def path(self) -> Path | None:
+        """File or folder of the volume, or None of an array in memory."""
+        if self.volume.source.format != "array":
+            return self.volume.source.path
+        return Path(self.layer.source.path) if self.layer.source.path else None
+
+
+def layer_arguments(volume: Volume, role: Role, **metadata: Any) -> dict[str, Any]:
+    """Arguments of a layer that shows an array (Z, Y, X) of a volume in millimetres."""
+    import nibabel as nib
+
+    known = volume.source.format != "array"
+    letters = nib.aff2axcodes(volume.affine) if known else ("z", "y", "x")
+    return {
+        "scale": volume.spacing,
+        "units": ("mm", "mm", "mm"),
+        "axis_labels": tuple(str(letter) for letter in letters),
+        "metadata": {KEY: {"volume": volume, "role": role, **metadata}},
+    }
+
+
+def image_arguments(volume: Volume, name: str, num_frames: int = 1) -> dict[str, Any]:
+    """Arguments of the image layer of a volume.
+
+    Args:
+        volume: The volume.
+        name: Of the layer.
+        num_frames: Volumes in its file.
+    """
+    return {
+        "name": name,
+        "colormap": "gray",
+        "contrast_limits": contrast_limits(volume.array),
+        **layer_arguments(volume, "volume", frames=num_frames),
+    }
+
+
+def contrast_limits(array: NDArray[Any]) -> tuple[float, float]:
+    """Grey values from black to white; the brightest thousandth does not darken the rest."""
+    step = max(1, int(np.sqrt(array.size / 2_000_000)))
+    low, high = (float(value) for value in np.percentile(array[:, ::step, ::step], (0.1, 99.8)))
+    return (low, high) if low < high else (float(array.min()), float(array.max()) + 1)
+
+
+def role_of(layer: Layer) -> Role | None:
+    """The part that a layer plays for the plugin, if it has one."""
+    role: Role | None = layer.metadata.get(KEY, {}).get("role")
+    return role
+
+
+def volume_of(layer: Layer) -> Volume | None:
+    """The volume that a layer was made for, if it carries one of its own shape."""
+    volume = layer.metadata.get(KEY, {}).get("volume")
+    return volume if isinstance(volume, Volume) and volume.shape == stack(layer).shape else None
+
+
+def num_frames(layer: Layer) -> int:
+    """Volumes in the file that a layer was read from."""
+    return int(layer.metadata.get(KEY, {}).get("frames", 1))
+
+
+def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVolume:
+    """Return the volume of an image layer.
+
+    Args:
+        layer: An image layer.
+        spacing: mm (z, y, x) that the user gave for it, if it was asked for.
+
+    Raises:
+        UserError: If its numbers cannot be a volume.
+    """
+    carried = volume_of(layer)
+    if carried is not None and spacing is None:
+        made = carried.source.format == "array"
+        return OpenVolume(layer, carried, True, "as you gave it" if made else "from the file's header")
+    array = stack(layer)
+    if spacing is None:
+        from_file = _same_as_file(layer, array)
+        if from_file is not None:
+            return OpenVolume(layer, from_file, True, "from the file's header")
+    known, size, origin = spacing is not None, tuple(spacing or ()), "as you gave it"
+    if spacing is None:
+        known, size, origin = _spacing_of_layer(layer)
+    return OpenVolume(layer, Volume.from_array(array, size, name=layer.name), known, origin)
+
+
+def stack(layer: Layer) -> NDArray[Any]:
+    """The array of a layer as (Z, Y, X); a view, so writing to it writes to the layer."""
+    array = array_of(layer)
+    return array[None] if array.ndim == 2 else array
+
+
+def array_of(layer: Layer) -> NDArray[Any]:
+    """The array of a layer, read if it is a lazy one; of several scales the finest."""
+    data = layer.data[0] if getattr(layer, "multiscale", False) else layer.data
+    return data if isinstance(data, np.ndarray) else np.asarray(data)
+
+
+def _same_as_file(layer: Image, array: NDArray[Any]) -> Volume | None:
+    """The volume in the layer's file, if another reader opened it in the order that we would."""
+    if not layer.source.path:
+        return None
+    try:
+        volume = read_volume(layer.source.path)
+    except VolumeError:
+        return None
+    return volume if volume.shape == array.shape and np.array_equal(volume.array, array) else None
+
+
+def _spacing_of_layer(layer: Image) -> tuple[bool, tuple[float, ...], str]:
+    """Whether a layer's scale is in lengths, the spacing in mm (z, y, x), and where it comes from."""
+    scale = [abs(float(size)) for size in layer.scale]
+    factors = [_UNITS_IN_MM.get(str(unit)) for unit in layer.units]
+    known = all(factor is not None for factor in factors)
+    size = [value * (factor or 1.0) for value, factor in zip(scale, factors, strict=True)]
+    if len(size) == 2:
+        size = [max(size), *size]
+    return known, tuple(size), "from the layer's scale" if known else "unknown"

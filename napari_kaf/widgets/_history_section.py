@@ -1,0 +1,185 @@
+"""The history of runs on a volume: compare, go back to, rename, save and delete them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qtpy.QtCore import Qt
+from qtpy.QtWidgets import (
+    QAbstractItemView,
+    QFileDialog,
+    QGridLayout,
+    QHeaderView,
+    QInputDialog,
+    QMessageBox,
+    QTableWidget,
+    QTableWidgetItem,
+    QVBoxLayout,
+    QWidget,
+)
+
+from napari_kaf import _layers
+from napari_kaf._agreement import agreement
+from napari_kaf._paths import models_folder
+from napari_kaf._runs import Run
+from napari_kaf.widgets._panel import Life, answering, button, heading, say, words
+
+_COLUMNS = ("Run", "When", "Slices", "Steps", "Dice")
+_MOST_ROWS = 5  # more are scrolled
+
+
+class HistorySection(QWidget):
+    """Every finetuning of the volume; nothing while there is none."""
+
+    def __init__(self, life: Life) -> None:
+        super().__init__()
+        self.session = life.session
+        column = QVBoxLayout(self)
+        column.setContentsMargins(0, 0, 0, 0)
+        column.addWidget(heading("Runs on this volume"))
+        self.table = self._make_table()
+        column.addWidget(self.table)
+        grid = QGridLayout()
+        grid.setSpacing(4)
+        self.show_it = button("Show", "Go back to the selected run's result", self.show_selected)
+        self.compare = button(
+            "Compare",
+            "Outline the selected run over the shown result, with their Dice",
+            self.compare_selected,
+        )
+        self.rename = button("Rename…", "Give the selected run a name", self.rename_selected)
+        self.save = button(
+            "Save model…",
+            "Copy the selected run's model to a file; in the folder of models it can be chosen for any volume",
+            self.save_selected,
+        )
+        self.delete = button(
+            "Delete…", "Delete the selected run, its model and its result", self.delete_selected
+        )
+        for place, widget in enumerate((self.show_it, self.compare, self.rename, self.save, self.delete)):
+            grid.addWidget(widget, place // 3, place % 3)
+        column.addLayout(grid)
+        self.status = words()
+        column.addWidget(self.status)
+        life.listen(self.session.runs_changed, self.refresh)
+        self.refresh()
+
+    @property
+    def selected(self) -> Run | None:
+        """The selected run."""
+        row, runs = self.table.currentRow(), self.session.runs
+        return runs[len(runs) - 1 - row] if 0 <= row < len(runs) else None
+
+    def refresh(self) -> None:
+        """List the runs, newest first, with the shown one in bold."""
+        before = self.table.currentRow()
+        runs, shown = self.session.runs, self.session.results.shown
+        self.setVisible(bool(runs))
+        self.table.setRowCount(len(runs))
+        for row, run in enumerate(reversed(runs)):
+            for column, text in enumerate(run.cells()):
+                item = QTableWidgetItem(text)
+                item.setToolTip(run.summary())
+                font = item.font()
+                font.setBold(shown is not None and run.key == shown.key)
+                item.setFont(font)
+                if column > 1:
+                    item.setTextAlignment(Qt.AlignmentFlag.AlignRight | Qt.AlignmentFlag.AlignVCenter)
+                self.table.setItem(row, column, item)
+        if runs:
+            self.table.selectRow(min(max(before, 0), len(runs) - 1))
+        self._fit_height()
+        self._enable()
+
+    @answering
+    def show_selected(self, *_: Any) -> None:
+        """Show the selected run's result."""
+        if self.selected is not None:
+            self.session.results.show(self.selected)
+            say(self.status, "")
+
+    @answering
+    def compare_selected(self, *_: Any) -> None:
+        """Outline the selected run and say how it agrees with the shown result."""
+        run, session, results = self.selected, self.session, self.session.results
+        if run is None or session.opened is None or results.store is None:
+            return
+        other = results.store.labels(run)
+        _layers.show(session.viewer, session.opened, other, "comparison", session.classes, name="comparison")
+        if results.labels is None or results.shown is None:
+            say(self.status, f"{run.name} is outlined; Show another run to compare it with.")
+            return
+        scores = agreement(results.labels, other, session.classes)
+        told = ", ".join(f"{name} {dice:.3f}" for name, dice in scores.items())
+        say(self.status, f"Dice of {run.name} (outlined) with {results.shown.name}: {told}")
+
+    @answering
+    def rename_selected(self, *_: Any) -> None:
+        """Ask for a name."""
+        run, store = self.selected, self.session.results.store
+        if run is None or store is None:
+            return
+        name, given = QInputDialog.getText(self, "Rename run", "Name", text=run.name)
+        if given:
+            store.rename(run, name)
+            self.session.results.reload()
+
+    @answering
+    def save_selected(self, *_: Any) -> None:
+        """Ask where the model goes."""
+        run, store = self.selected, self.session.results.store
+        if run is None or store is None:
+            return
+        models_folder().mkdir(parents=True, exist_ok=True)
+        name, _filter = QFileDialog.getSaveFileName(
+            self,
+            "Save model",
+            str(models_folder() / f"{run.name}.safetensors"),
+            "Checkpoints (*.safetensors)",
+        )
+        if name:
+            path = Path(name) if name.endswith(".safetensors") else Path(f"{name}.safetensors")
+            store.save_model(run, path)
+            self.session.runs_changed.emit()  # lists of models look again
+            say(self.status, f"Model saved as {path}")
+
+    @answering
+    def delete_selected(self, *_: Any) -> None:
+        """Delete after asking."""
+        run = self.selected
+        if run is None:
+            return
+        answer = QMessageBox.question(self, "Delete run", f"Delete {run.name} with its model and its result?")
+        if answer == QMessageBox.StandardButton.Yes:
+            self.session.results.delete(run)
+
+    def _enable(self) -> None:
+        for widget in (self.show_it, self.compare, self.rename, self.save, self.delete):
+            widget.setEnabled(self.selected is not None)
+
+    def _make_table(self) -> QTableWidget:
+        table = QTableWidget(0, len(_COLUMNS))
+        table.setHorizontalHeaderLabels(_COLUMNS)
+        table.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
+        table.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
+        table.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
+        table.setTabKeyNavigation(False)
+        table.setAccessibleName("Runs on this volume")
+        table.setToolTip("Every run on this volume; Enter or a double click shows its result")
+        header, rows = table.horizontalHeader(), table.verticalHeader()
+        assert header is not None
+        assert rows is not None
+        header.setSectionResizeMode(QHeaderView.ResizeMode.ResizeToContents)
+        header.setSectionResizeMode(0, QHeaderView.ResizeMode.Stretch)
+        rows.setVisible(False)
+        table.cellActivated.connect(self.show_selected)
+        table.itemSelectionChanged.connect(self._enable)
+        return table
+
+    def _fit_height(self) -> None:
+        rows, header = self.table.verticalHeader(), self.table.horizontalHeader()
+        assert rows is not None
+        assert header is not None
+        count = min(max(len(self.session.runs), 1), _MOST_ROWS)
+        self.table.setFixedHeight(header.sizeHint().height() + count * rows.defaultSectionSize() + 4)
