@@ -331,7 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", default="a,b,c", help="which of a, b, c, d")
+    parser.add_argument("--shapes", default="a,b,c", help="which of a, b, c, d; an empty word for none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-files", action="store_true", help="leave out start-up and the volume")
@@ -343,7 +343,7 @@ def main() -> None:
     convolution, product = (peak / 1e9 for peak in clock.peaks)
     print(f"device {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"measured peak: {convolution:.0f} GFLOP/s in convolutions, {product:.0f} in matrix products")
-    for name in options.shapes.split(","):
+    for name in filter(None, options.shapes.split(",")):
         shape = SHAPES[name]
         print(f"\n({name}) {shape}\n")
         print_rows(
