@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from psygnal import Signal
 
 
@@ -95,28 +92,3 @@ class Ledger:
         """The next labelled slice in a direction (1 or -1), or None."""
         along = range(z + step, len(self) if step > 0 else -1, step)
         return next((other for other in along if self._states[other] is not Cell.UNTOUCHED), None)
-
-
-def recut_states(
-    states: Sequence[Cell], labels: NDArray[Any], accepted: NDArray[np.bool_]
-) -> tuple[Cell, ...]:
-    """What the slices of a volume are after it was cut along another axis.
-
-    Where every slice was finished, every slice still is. Else only paint is known: on a slice with paint of
-    accepted results nothing is said, and other painted ones are partial.
-
-    Args:
-        states: Of the slices before.
-        labels: (Z, Y, X) in the new cut.
-        accepted: (Z, Y, X) in the new cut, where an accepted slice was.
-    """
-    finished = all(state in (Cell.COMPLETE, Cell.EMPTY) for state in states)
-    cut = []
-    for plane, of_result in zip(labels, accepted, strict=True):
-        if finished:
-            cut.append(Cell.COMPLETE if plane.any() else Cell.EMPTY)
-        elif plane[of_result].any():
-            cut.append(Cell.ACCEPTED)
-        else:
-            cut.append(Cell.PARTIAL if plane.any() else Cell.UNTOUCHED)
-    return tuple(cut)

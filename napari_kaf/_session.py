@@ -18,8 +18,9 @@ from kaf_model.errors import UserError
 from napari_kaf import _layers
 from napari_kaf._autosave import Autosave
 from napari_kaf._classes import ClassEntry, default_color, entries_of, free_value
-from napari_kaf._ledger import Cell, Ledger, recut_states
+from napari_kaf._ledger import Cell, Ledger
 from napari_kaf._paint import PaintWatch
+from napari_kaf._recut import recut
 from napari_kaf._results import Results
 from napari_kaf._runs import Run, RunStore
 from napari_kaf._sidecar import Sidecar, Snapshot
@@ -133,32 +134,23 @@ class Session:
         """
         if self.busy:
             raise UserError(f"{self.busy} is running; wait for it or cancel it first")
-        assert self.opened is not None
         self.flush()
-        viewer, old, drawn_on = self.viewer, self.opened, self.labels
-        volume = old.volume.along(slice_axis)
-        layers = _layers.labels_layers(viewer, old.layer)
-        ledgers = [self._ledgers.get(layer) or (Ledger(old.volume.num_slices), []) for layer in layers]
-        self.choose_volume(None)
-        for layer in layers:
-            viewer.layers.remove(layer)
-        self.choose_volume(_layers.replace_volume(viewer, old, volume))
-        assert self.opened is not None
-        for layer, (ledger, classes) in zip(layers, ledgers, strict=True):
-            array = _layers.stack(layer)
-            accepted = np.array([state is Cell.ACCEPTED for state in ledger.states])[:, None, None]
-            both = (array, np.broadcast_to(accepted, array.shape))
-            cut, of_result = (volume.to_volume(old.volume.to_stored(part)) for part in both)
-            new = _layers.add_labels(viewer, self.opened, classes, cut.copy())
-            new.name = layer.name
-            self._ledgers[new] = (Ledger(len(cut), recut_states(ledger.states, cut, of_result)), classes)
-            if layer is drawn_on:
-                self.choose_labels(new)
-                self._autosave.owned_by(new)
-                self.offer = None
+        recut(self, slice_axis)
         self._changed()
         self.offer_changed.emit()
         self.told.emit("cut along another axis; strokes of before can no longer be undone")
+
+    def remembered(self, layer: Labels, num_slices: int) -> tuple[Ledger, list[ClassEntry]]:
+        """Ledger and classes of a label layer that was drawn on, or new ones."""
+        return self._ledgers.get(layer) or (Ledger(num_slices), [])
+
+    def take_over(self, layer: Labels, ledger: Ledger, classes: list[ClassEntry], *, chosen: bool) -> None:
+        """Remember ledger and classes of a layer; a chosen one is drawn on and replaces the saved work."""
+        self._ledgers[layer] = (ledger, classes)
+        if chosen:
+            self.choose_labels(layer)
+            self._autosave.owned_by(layer)
+            self.offer = None
 
     def choose_labels(self, layer: Labels | None) -> None:
         """Draw on another layer, or on none; its paint stays untrained on until it is marked."""
@@ -172,7 +164,7 @@ class Session:
             self._set_ledger(Ledger(0))
         else:
             array = _layers.stack(layer)
-            ledger, classes = self._ledgers.get(layer) or (Ledger(len(array)), [])
+            ledger, classes = self.remembered(layer, len(array))
             self._set_ledger(ledger)
             self.classes = classes or entries_of(_layers.class_names(layer), np.unique(array).tolist())
             self._remember_ledger()

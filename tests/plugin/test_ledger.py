@@ -10,7 +10,8 @@ import pytest
 
 from kaf_model.errors import UserError
 from napari_kaf._classes import ClassEntry
-from napari_kaf._ledger import Cell, Ledger, recut_states
+from napari_kaf._ledger import Cell, Ledger
+from napari_kaf._recut import recut_states
 from napari_kaf._sidecar import Sidecar, Snapshot
 
 CLASSES = (ClassEntry(1, "left ventricle", (0.9, 0.6, 0.0, 1.0)),)
