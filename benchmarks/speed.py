@@ -1,119 +1,357 @@
-"""Times of a training step and of inference, for the shapes at which the published code was measured.
+"""Times, floating-point operations and memory of every stage, beside our own plain path.
 
-    python benchmarks/speed.py [--device cpu] [--repeats 5]
+    python benchmarks/speed.py [--shapes a,b,c,d] [--device cpu] [--repeats 5] [--no-files]
 
-Prints one table: our path, and beside it our own path with its shortcuts off (float32, channels first),
-measured in the same run because machines are noisy; and the figures measured for the published
-implementation on two such cores. Medians of the repeats.
+Shapes: (a) 32 channels, width 256, 12 attention blocks a level, 128 x 128, 128 keypoints, 4 pairs; (b) the same
+at 224 x 224, 256 keypoints, 2 pairs; (c) preset `small`, 128 x 128, up to 545 keypoints; (d) preset `paper-acdc`
+at 352 x 352, 512 keypoints, 32 pairs, for a GPU. The plain path is `benchmarks/plain.py`: float32, channels first,
+dense diffusion, masked attention, stored transport. Both are measured in the same run, call by call in turn,
+because machines are noisy; times are medians. FLOPs are those of the multiplications that torch counts. "Share
+of peak" is the time that they would take at the rate this machine reached, in the same run, in a large
+convolution and in a large matrix product of the type used, as a part of the time taken.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import torch
+from plain import plain_path
+from torch import nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
-from kaf_model.config import ModelConfig, PretrainConfig
-from kaf_model.datasets import PretrainingBatch, Views
-from kaf_model.engine import Trainer, autocast, channels_last, choose_device, make_fabric
+from kaf_model.checkpoint import ClassLabel, Model
+from kaf_model.compute import peak_bytes
+from kaf_model.config import FinetuneConfig, KeypointConfig, ModelConfig, PretrainConfig, SliceConfig
+from kaf_model.datasets import LabelledBatch, LabelledSlices, PretrainingBatch, Views
+from kaf_model.engine import Trainer, choose_device, has_bfloat16, make_fabric
+from kaf_model.finetune import FinetuningNetwork
+from kaf_model.heap import keep_freed_memory
+from kaf_model.inference import InferenceNetwork
+from kaf_model.keypoints import iter_detect
+from kaf_model.losses import matching_loss
+from kaf_model.phantom import make_heart
+from kaf_model.preparation import LabelledSlice
 from kaf_model.pretrain import PretrainingNetwork
 from kaf_model.unet import build_network
 
-PAIRS, SIDE, KEYPOINTS = 4, 128, 128
-PUBLISHED = {"training step, s a pair": 1.6, "inference, s a slice": 0.18, "plain UNet, s a slice": 0.021}
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured: a preset, and what goes through its network."""
+
+    preset: str
+    side: int
+    keypoints: int
+    pairs: int
+    even: bool = True
+    """Whether all slices have as many keypoints; else a quarter of `keypoints` to all of them."""
 
 
-def views(slices: int, device: torch.device) -> Views:
-    """Random slices with random keypoints, the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(slices, 1, SIDE, SIDE, generator=generator).to(device)
-    keypoints = (torch.rand(slices, KEYPOINTS, 2, generator=generator) * (SIDE - 1)).to(device)
-    valid = torch.ones(slices, KEYPOINTS, dtype=torch.bool, device=device)
-    return Views(images.contiguous(memory_format=torch.channels_last), keypoints, valid)
+SHAPES = {
+    "a": Shape("paper-chd", 128, 128, 4),
+    "b": Shape("paper-chd", 224, 256, 2),
+    "c": Shape("small", 128, 545, 12, even=False),
+    "d": Shape("paper-acdc", 352, 512, 32),
+}
 
 
-def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call, after two to warm up."""
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; plain, operations and memory are None where they are not measured."""
 
-    def once() -> float:
+    stage: str
+    ours: float
+    plain: float | None = None
+    flops: tuple[int, int] = (0, 0)
+    """In convolutions and in matrix products."""
+    memory: tuple[int, int] | None = None
+
+
+class Clock:
+    """Measures calls on a device.
+
+    Args:
+        device: Where they compute.
+        repeats: Calls whose median is taken, after one to warm up.
+    """
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device = device
+        self.repeats = repeats
+        kind = torch.bfloat16 if has_bfloat16(device) else torch.float32
+        maps = torch.randn(8, 256, 64, 64, device=device, dtype=kind).contiguous(
+            memory_format=torch.channels_last
+        )
+        kernel = torch.randn(256, 256, 3, 3, device=device, dtype=kind)
+        kernel = kernel.contiguous(memory_format=torch.channels_last)
+        rows, weight = (
+            torch.randn(4096, 1024, device=device, dtype=kind),
+            torch.randn(1024, 1024, device=device, dtype=kind),
+        )
+        with torch.inference_mode():
+            convolution = self.fastest(lambda: functional.conv2d(maps, kernel, padding=1))
+            product = self.fastest(lambda: rows @ weight)
+        self.peaks = (2 * 9 * 256 * 256 * 8 * 64 * 64 / convolution, 2 * 4096 * 1024 * 1024 / product)
+        """Operations a second in a convolution and in a matrix product."""
+
+    def once(self, work: Callable[[], object]) -> float:
+        """Seconds of a call."""
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    times = [once() for _ in range(repeats + 2)][2:]
-    return statistics.median(times)
+    def fastest(self, work: Callable[[], object]) -> float:
+        """Least seconds of a few calls."""
+        return min(self.once(work) for _ in range(2 + self.repeats))
+
+    def both(self, ours: Callable[[], object], plain: Callable[[], object]) -> tuple[float, float]:
+        """Median seconds of our path and of the plain one, call by call in turn."""
+        times: tuple[list[float], list[float]] = ([], [])
+        for turn in range(self.repeats + 1):
+            for work, path, kept in ((ours, nullcontext, times[0]), (plain, plain_path, times[1])):
+                with path():
+                    seconds = self.once(work)
+                if turn:
+                    kept.append(seconds)
+        return statistics.median(times[0]), statistics.median(times[1])
+
+    def row(self, stage: str, ours: Callable[[], object], plain: Callable[[], object], per: int = 1) -> Row:
+        """Measure a stage of the network by both paths; everything is divided by `per` but the memory."""
+        fast, slow = (seconds / per for seconds in self.both(ours, plain))
+        with FlopCounterMode(display=False) as counter:
+            ours()
+        by_kind = [0, 0]
+        for name, count in counter.get_flop_counts().get("Global", {}).items():
+            by_kind["convolution" not in str(name)] += count // per
+        memory = []
+        for work, path in ((ours, nullcontext), (plain, plain_path)):
+            with path():
+                memory.append(peak_bytes(work, self.device))
+        return Row(stage, fast, slow, (by_kind[0], by_kind[1]), (memory[0], memory[1]))
+
+    def share(self, row: Row) -> float:
+        """Share of this machine's peak that a stage reaches."""
+        return sum(count / peak for count, peak in zip(row.flops, self.peaks, strict=True)) / row.ours
 
 
-def training_step(device: torch.device, precision: str, repeats: int) -> float:
-    """Seconds a pair of a pretraining step: both views, all three losses, backward, optimiser."""
-    config = PretrainConfig.preset("paper-chd", batch_size=PAIRS, epochs=None, steps=1000)
-    network = PretrainingNetwork(ModelConfig.preset("paper-chd"), config)
-    fabric = make_fabric(device.type, precision=precision)
-    trainer = Trainer(
-        network,
-        config,
-        fabric=fabric,
-        groups=[{"params": list(network.parameters()), "rate": 1.0}],
-        slices_per_epoch=1000,
+def views(shape: Shape, slices: int, device: torch.device) -> Views:
+    """Random slices with random keypoints, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(slices, 1, shape.side, shape.side, generator=generator)
+    keypoints = torch.rand(slices, shape.keypoints, 2, generator=generator) * (shape.side - 1)
+    least = shape.keypoints if shape.even else shape.keypoints // 4
+    counts = torch.randint(least, shape.keypoints + 1, (slices, 1), generator=generator)
+    valid = torch.arange(shape.keypoints) < counts
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    return Views(images, keypoints.to(device), valid.to(device))
+
+
+def pair_batch(shape: Shape, device: torch.device) -> PretrainingBatch:
+    """A pretraining batch in which a quarter of the keypoints are matched."""
+    both = views(shape, 2 * shape.pairs, device)
+    matches = torch.arange(shape.keypoints, device=device).repeat(shape.pairs, 1)
+    matches[:, shape.keypoints // 4 :] = -1
+    return PretrainingBatch(both, torch.linspace(0, 1, shape.pairs, device=device).repeat(2), matches)
+
+
+def trainers(
+    make: Callable[[], nn.Module], config: PretrainConfig | FinetuneConfig, device: str
+) -> list[Trainer]:
+    """A trainer of our path and one of the plain path, of networks that start alike."""
+    both = []
+    for precision in ("auto", "float32"):
+        torch.manual_seed(0)
+        module = make()
+        groups = [{"params": list(module.parameters()), "rate": 1.0}]
+        fabric = make_fabric(device, precision=precision)
+        both.append(Trainer(module, config, fabric=fabric, groups=groups, slices_per_epoch=1000))
+    both[1].raw_module.to(memory_format=torch.contiguous_format)
+    return both
+
+
+def training_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
+    """A pretraining step and its parts, a pair; a finetuning step of ten slices."""
+    model = ModelConfig.preset(shape.preset)
+    config = PretrainConfig.preset(shape.preset, batch_size=shape.pairs, epochs=None, steps=10**6)
+    ours, plain = trainers(lambda: PretrainingNetwork(model, config), config, clock.device.type)
+    batch, pairs = pair_batch(shape, clock.device), shape.pairs
+    yield clock.row("forward, a pair", lambda: ours.module(batch), lambda: plain.module(batch), pairs)
+    yield clock.row(
+        "forward and backward, a pair",
+        lambda: ours._gradients([batch]),
+        lambda: plain._gradients([batch]),
+        pairs,
     )
-    if precision == "float32":
-        network.to(memory_format=torch.contiguous_format)
-    matches = torch.arange(KEYPOINTS, device=device).repeat(PAIRS, 1)
-    matches[:, KEYPOINTS // 2 :] = -1
-    position = torch.linspace(0, 1, PAIRS, device=device).repeat(2)
-    batch = PretrainingBatch(views(2 * PAIRS, device), position, matches)
-    steps = trainer.run(lambda _step, _parts: [batch], stage="timing")
-    return median_seconds(lambda: next(steps), device, repeats) / PAIRS
+    yield clock.row("matching loss, a pair", matching(ours, batch), matching(plain, batch), pairs)
+    yield clock.row("optimiser, a step", lambda: optimise(ours), lambda: optimise(plain))
+    steps = [trainer.run(lambda _step, _parts: [batch], stage="timing") for trainer in (ours, plain)]
+    yield clock.row("pretraining step, a pair", lambda: next(steps[0]), lambda: next(steps[1]), pairs)
+    tuning = FinetuneConfig.preset(shape.preset, epochs=None, steps=10**6)
+    for architecture, name in (("kaf-unet", "KAF-UNet"), ("unet", "plain UNet")):
+        kind = ModelConfig.preset(shape.preset, architecture=architecture)
+        make = partial(lambda kind: FinetuningNetwork(build_network(kind), tuning), kind)
+        pair = trainers(make, tuning, clock.device.type)
+        labels = torch.randint(model.num_classes, (10, shape.side, shape.side), device=clock.device)
+        labelled = LabelledBatch(views(shape, 10, clock.device), labels)
+        own, other = (trainer.run(partial(_same, labelled), stage="timing") for trainer in pair)
+        yield clock.row(f"finetuning step, {name}, ten slices", partial(next, own), partial(next, other))
 
 
-def inference(device: torch.device, architecture: str, *, fast: bool, repeats: int) -> float:
-    """Seconds a slice of a batch of eight."""
-    network = build_network(ModelConfig.preset("paper-chd", architecture=architecture)).to(device).eval()
-    if fast:
-        channels_last(network)
-    batch = views(8, device)
-    images = batch.images if fast else batch.images.contiguous()
+def _same(batch: LabelledBatch, _step: int, _parts: int) -> list[LabelledBatch]:
+    return [batch]
 
-    def forward() -> None:
-        with torch.inference_mode(), autocast(device) if fast else torch.no_grad():
-            network(images, batch.keypoints, batch.valid)
 
-    return median_seconds(forward, device, repeats) / len(images)
+def optimise(trainer: Trainer) -> None:
+    """Clip the gradients that are there, and step."""
+    trainer._clip_gradients()
+    trainer.optimizer.step()
+
+
+def matching(trainer: Trainer, batch: PretrainingBatch) -> Callable[[], object]:
+    """The matcher and its loss with gradients, on the features of an encoder without gradients."""
+    network, size = trainer.raw_module, batch.views.images.shape[-2:]
+    assert isinstance(network, PretrainingNetwork)
+    with torch.no_grad():
+        encoded = network.encoder(*batch.views)
+        features = network.keypoint_projection(torch.cat(encoded.keypoint_features, dim=1))
+
+    def work() -> None:
+        with trainer.fabric.autocast():
+            matches = network.matcher(features.detach().requires_grad_(), encoded.keypoints, size)
+            matching_loss(matches, batch.matches0).backward()
+
+    return work
+
+
+def inference_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
+    """Inference of the KAF-UNet and of the plain UNet, a slice of a batch of eight."""
+    for architecture, name in (("kaf-unet", "KAF-UNet"), ("unet", "plain UNet")):
+        network = (
+            build_network(ModelConfig.preset(shape.preset, architecture=architecture)).to(clock.device).eval()
+        )
+        folded, batch = InferenceNetwork(network), views(shape, 8, clock.device)
+        first = Views(batch.images.contiguous(), *batch[1:])
+
+        def plain(network: nn.Module = network, first: Views = first) -> None:
+            with torch.inference_mode():
+                network(*first)
+
+        yield clock.row(f"inference, {name}, a slice", partial(folded, *batch), plain, 8)
+
+
+def data_rows(clock: Clock, shape: Shape) -> list[Row]:
+    """Detection, in parallel and one by one, and the augmentation of ten labelled slices."""
+    heart = make_heart(0, shape=(10, shape.side + 32, shape.side + 48))
+    slices = heart.image.astype(np.float32)
+    parallel, serial = clock.both(
+        lambda: list(iter_detect(slices)), lambda: list(iter_detect(slices, workers=1))
+    )
+    found = list(iter_detect(slices))
+    labelled = [
+        LabelledSlice(image.astype(np.float16), points.positions, labels.astype(np.int64))
+        for image, points, labels in zip(slices, found, heart.labels, strict=True)
+    ]
+    config = FinetuneConfig.preset("small", augment={"crop": (shape.side, shape.side)})
+    data = LabelledSlices(labelled, augment=config.augment, foreground=0.33, batch_size=10, seed=0)
+    step = iter(range(10**6))
+    seconds = statistics.median(
+        clock.once(lambda: data.batch(next(step), clock.device)) for _ in range(clock.repeats + 2)
+    )
+    return [
+        Row("detection (SIFT), a slice", parallel / 10, serial / 10),
+        Row("augmentation, a slice", seconds / 10),
+    ]
+
+
+def file_rows(device: torch.device) -> list[Row]:
+    """Start-up, and a 216 x 256 x 10 volume from file to file with `small`, in processes of their own."""
+
+    def seconds(*command: str) -> float:
+        started = time.perf_counter()
+        subprocess.run(
+            [sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        return time.perf_counter() - started
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, model, out = (
+            Path(folder) / name for name in ("heart.nii.gz", "model.safetensors", "out.nii.gz")
+        )
+        heart = make_heart(0, shape=(10, 256, 216))
+        nib.save(nib.Nifti1Image(heart.image.T.astype(np.int16), np.diag([1.5, 1.5, 8.0, 1.0])), source)
+        config = ModelConfig.preset("small", num_classes=4)
+        classes = tuple(ClassLabel(value, f"class {value}") for value in range(4))
+        Model(build_network(config).eval(), config, SliceConfig(), KeypointConfig(), classes).save(model)
+        options = ["--model", str(model), "-o", str(out), "--overwrite", "--device", device.type]
+        importing = min(
+            seconds("-c", "import kaf_model.cli, kaf_model.segment_files, kaf_model.checkpoint")
+            for _ in range(2)
+        )
+        whole = min(seconds("-m", "kaf_model", "segment", str(source), *options) for _ in range(2))
+    return [
+        Row("`import kaf_model`, python included", min(seconds("-c", "import kaf_model") for _ in range(2))),
+        Row("start-up: everything that `kaf segment` imports", importing),
+        Row("216 x 256 x 10 from file to file, `small`, after start-up", max(whole - importing, 0.0)),
+    ]
+
+
+def print_rows(rows: Iterable[Row], clock: Clock) -> None:
+    """Print a table in Markdown."""
+    print("| stage | ours | plain path | ratio | GFLOP | share of peak | peak memory, ours / plain |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        plain = f"{_time(row.plain)} | {row.plain / row.ours:.1f}" if row.plain is not None else " | "
+        counted = f"{sum(row.flops) / 1e9:.1f} | {clock.share(row):.0%}" if any(row.flops) else " | "
+        memory = f"{row.memory[0] / 2**20:.0f} / {row.memory[1] / 2**20:.0f} MiB" if row.memory else ""
+        print(f"| {row.stage} | {_time(row.ours)} | {plain} | {counted} | {memory} |", flush=True)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--shapes", default="a,b,c", help="which of a, b, c, d; an empty word for none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-files", action="store_true", help="leave out start-up and the volume")
     options = parser.parse_args()
     device = choose_device(options.device)
-    kaf, plain = "kaf-unet", "unet"
-    rows = {
-        "training step, s a pair": [
-            training_step(device, precision, options.repeats) for precision in ("auto", "float32")
-        ],
-        "inference, s a slice": [
-            inference(device, kaf, fast=f, repeats=options.repeats) for f in (True, False)
-        ],
-        "plain UNet, s a slice": [
-            inference(device, plain, fast=f, repeats=options.repeats) for f in (True, False)
-        ],
-    }
-    print(
-        f"{SIDE} x {SIDE}, {KEYPOINTS} keypoints, 32 channels, width 256, 12 attention blocks, {PAIRS} pairs"
-    )
-    print(f"device {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| | ours | ours, float32 channels first | published |")
-    print("|---|---|---|---|")
-    for name, (ours, slow) in rows.items():
-        print(f"| {name} | {ours:.3f} | {slow:.3f} | {PUBLISHED[name]:.3f} |")
+    if device.type == "cpu":
+        keep_freed_memory()
+    clock = Clock(device, options.repeats)
+    convolution, product = (peak / 1e9 for peak in clock.peaks)
+    print(f"device {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"measured peak: {convolution:.0f} GFLOP/s in convolutions, {product:.0f} in matrix products")
+    for name in filter(None, options.shapes.split(",")):
+        shape = SHAPES[name]
+        print(f"\n({name}) {shape}\n")
+        print_rows(
+            chain(data_rows(clock, shape), training_rows(clock, shape), inference_rows(clock, shape)), clock
+        )
+    if not options.no_files:
+        print()
+        print_rows(file_rows(device), clock)
 
 
 if __name__ == "__main__":

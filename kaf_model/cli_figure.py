@@ -61,7 +61,7 @@ def keypoints(
         ),
     ] = None,
     orientation: Annotated[
-        bool, typer.Option("--orientation", help="Also draw the orientation of each keypoint.")
+        bool, typer.Option("--orientation", metavar="", help="Also draw the orientation of each keypoint.")
     ] = False,
     model: OneModel = None,
     preset: options.Preset = None,
@@ -316,7 +316,9 @@ def compute(
     ] = 400,
     training: Annotated[
         bool,
-        typer.Option("--training", help="Measure a forward and backward pass, not a forward pass alone."),
+        typer.Option(
+            "--training", metavar="", help="Measure a forward and backward pass, not a forward pass alone."
+        ),
     ] = False,
     preset: Annotated[
         str, typer.Option("--preset", metavar="NAME", help="Preset of the KAF-UNet.")

@@ -253,7 +253,8 @@ def _say_what_was_trained(
     out: Output, path: Path, record: Mapping[str, Any], curve: Sequence[Mapping[str, float]]
 ) -> None:
     took = duration_text(record["seconds"])
-    out.line(f"wrote {path}: {record['steps']} steps in {took} on {record['device']}")
+    waited = f"{record['waiting_share']:.0%} of it waiting for data"
+    out.line(f"wrote {path}: {record['steps']} steps in {took} on {record['device']}, {waited}")
     losses = {name: value for name, value in curve[-1].items() if name not in ("step", "held-out dice")}
     out.line(f"last losses: {losses_text(losses)}")
     if record.get("held_out_dice") is not None:

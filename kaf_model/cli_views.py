@@ -41,6 +41,7 @@ Untrained = Annotated[
     bool,
     typer.Option(
         "--untrained",
+        metavar="",
         help="Add a network with random weights: of the architecture of the first model, else of --preset.",
     ),
 ]

@@ -76,10 +76,12 @@ def measure_costs(
         The costs: for each number of blocks the KAF-UNet at all edges, then the SwinUNETR.
 
     Raises:
-        UserError: If an edge or a number of blocks does not divide.
+        UserError: If an edge or a number of blocks does not divide, or the device counts no memory.
     """
     _check(config, edges, blocks)
     device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"peak memory is counted on cpu and cuda, not on {device.type}; use --device cpu")
     costs: list[Cost] = []
     total = 2 * len(blocks) * len(edges)
     for count in blocks:
@@ -114,12 +116,13 @@ def measure(network: nn.Module, inputs: Sequence[Tensor], *, training: bool) -> 
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         once()
     network.zero_grad(set_to_none=True)
-    peak = _peak_bytes(once, inputs[0].device)
+    peak = peak_bytes(once, inputs[0].device)
     network.zero_grad(set_to_none=True)
     return int(counter.get_total_flops()), peak
 
 
-def _peak_bytes(once: Callable[[], None], device: torch.device) -> int:
+def peak_bytes(once: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that a call holds at a time, beyond those that are there before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -254,6 +254,11 @@ class TrainingConfig(Settings):
     gradient_clip: float | None = Field(
         5.0, gt=0, description="Largest norm of the gradient; none leaves it."
     )
+    recompute: bool = Field(
+        False,
+        description="Compute activations again in the backward pass instead of keeping them (activation "
+        "checkpointing): less memory, a third more time, the same result.",
+    )
     checkpoint_every: float = Field(
         60.0, gt=0, description="Seconds between checkpoints written while training."
     )
@@ -282,16 +287,6 @@ class PretrainConfig(TrainingConfig):
     weight_local: float = Field(
         0.01, ge=0, description="w3: weight of L_local, the keypoint matching (Eq. 3)."
     )
-    weight_masked: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the masked-image loss: hidden patches of each view are filled in by a decoder, which "
-        "finetuning then starts from as well. Not in the paper.",
-    )
-    masked_share: float = Field(
-        0.4, gt=0, lt=1, description="Part of the patches of a view that the masked-image loss hides."
-    )
-    masked_patch: int = Field(16, gt=0, description="Side of these patches in pixels.")
     temperature: float = Field(0.1, gt=0, description="Temperature of the contrastive losses (Eq. 1).")
     contrastive_scale: float = Field(
         1.0, gt=0, description="Factor on both contrastive losses; published: temperature / 0.07."
@@ -306,8 +301,20 @@ class PretrainConfig(TrainingConfig):
         description="The second view is a slice within this part of the volume, never itself.",
     )
     projection_width: int = Field(512, gt=0, description="Width of the global embeddings.")
+    normalised_head: bool = Field(
+        True,
+        description="Batch normalisation in the head of the bottleneck; published: none, which takes thousands of "
+        "steps to tell slices apart.",
+    )
     matching_rounds: int = Field(2, ge=0, description="Rounds of self- and cross-attention before matching.")
-    sinkhorn_iterations: int = Field(100, gt=0, description="Iterations of the optimal transport.")
+    sinkhorn_iterations: int = Field(
+        100, ge=0, description="Iterations of the optimal transport; 0 takes a dual softmax instead."
+    )
+    sinkhorn_tolerance: float = Field(
+        0.0,
+        ge=0,
+        description="Change of the transport's potentials below which it stops early; 0 never does.",
+    )
     matched_weight: float = Field(
         0.45, ge=0, description="Weight of the mean over matched keypoints in L_local."
     )
@@ -436,6 +443,7 @@ _PUBLISHED_PRETRAIN = {
     "weight_decay": 1e-5,
     "gradient_clip": None,
     "contrastive_scale": 0.1 / 0.07,
+    "normalised_head": False,
 }
 _PUBLISHED_FINETUNE = {
     "steps": None,

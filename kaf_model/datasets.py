@@ -21,7 +21,7 @@ from kaf_model.config import AugmentConfig, CorrespondenceConfig
 from kaf_model.correspondences import UNMATCHED, find_correspondences
 from kaf_model.engine import generator_for
 from kaf_model.intensity import IntensityChange
-from kaf_model.losses import IGNORED, hide_patches
+from kaf_model.losses import IGNORED
 from kaf_model.preparation import LabelledSlice, PreparedVolume
 
 
@@ -46,13 +46,11 @@ class PretrainingBatch(NamedTuple):
         views: 2 P slices.
         slice_position: (2 P,), a pair shares the position of its first slice.
         matches0: (P, N) index into the partner for each keypoint of the first view, or UNMATCHED.
-        hidden: (2 P, H, W) bool, pixels that the masked-image loss hides; None where there is no such loss.
     """
 
     views: Views
     slice_position: Tensor
     matches0: Tensor
-    hidden: Tensor | None = None
 
 
 class LabelledBatch(NamedTuple):
@@ -179,7 +177,6 @@ class PretrainingPairs:
         correspondences: Which keypoints of a pair count as the same.
         batch_size: Pairs in the joint batch of all processes.
         seed: Of sampling and augmentation.
-        hide: Side in pixels of the patches to hide of each view, and their share; None hides nothing.
     """
 
     def __init__(
@@ -191,7 +188,6 @@ class PretrainingPairs:
         correspondences: CorrespondenceConfig,
         batch_size: int,
         seed: int,
-        hide: tuple[int, float] | None = None,
     ) -> None:
         self.volumes = volumes
         self.augment = augment
@@ -199,7 +195,6 @@ class PretrainingPairs:
         self.correspondences = correspondences
         self.batch_size = batch_size
         self.seed = seed
-        self.hide = hide
         self.index = [(v, z) for v, volume in enumerate(volumes) for z in range(len(volume))]
         self._matches: dict[tuple[int, int, int], NDArray[np.int64]] = {}
 
@@ -259,12 +254,6 @@ class PretrainingPairs:
             transform=transform,
             intensity=intensity,
         )
-        hidden = None
-        if self.hide is not None:
-            patch, share = self.hide
-            size, generator = transform.output_size, generator_for(self.seed, step, 8)
-            hidden = hide_patches(len(slots), size, patch=patch, share=share, generator=generator)
-            hidden = hidden[both].to(device)
         matches0 = torch.full((len(rows), keypoints.shape[1]), UNMATCHED)
         for row, pair in enumerate(rows.tolist()):
             found = self.matches0(*pairs[pair])
@@ -272,8 +261,7 @@ class PretrainingPairs:
         position = torch.tensor(
             [float(self.volumes[pairs[r][0]].positions[pairs[r][1]]) for r in rows.tolist()]
         )
-        compacted = _compact_pairs(views, matches0.to(device), position.repeat(2).to(device))
-        return compacted._replace(hidden=hidden)
+        return _compact_pairs(views, matches0.to(device), position.repeat(2).to(device))
 
 
 def concatenate(batches: Sequence[LabelledBatch]) -> LabelledBatch:

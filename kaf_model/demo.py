@@ -1,8 +1,8 @@
 """The main job on a synthetic heart cohort, from files to files: what `kaf demo` runs.
 
-Unlabelled subjects pretrain an encoder. Three labelled slices of one other subject then train two models
-for as many steps, one from that encoder and one from random weights. Both segment subjects that neither has
-seen, and their Dice scores are set side by side.
+Unlabelled subjects pretrain an encoder. Three labelled slices of one other subject, and the unlabelled ones
+by pseudo-labels, then train two models for as many steps, one from that encoder and one from random weights.
+Both segment subjects that neither has seen, and their Dice scores are set side by side.
 """
 
 from __future__ import annotations
@@ -165,6 +165,7 @@ def run_demo(
             cases,
             finetuning,
             start=start if name == "pretrained" else None,
+            unlabelled=unlabelled,
             class_names=class_names(output / "labelled" / "labels"),
             slices=recipe.slices,
             keypoints=recipe.keypoints,

@@ -22,6 +22,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from kaf_model.checkpoint import load_header, load_tensors, save_tensors
+from kaf_model.checkpointing import checkpoint_activations
 from kaf_model.config import TrainingConfig
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
@@ -123,7 +124,7 @@ def make_optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torc
         for group in groups
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(scaled, momentum=config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.SGD(scaled, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(scaled, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
@@ -143,6 +144,8 @@ class TrainingState:
 
     step: int = 0
     seconds: float = 0.0
+    waiting: float = 0.0
+    """Seconds of these in which the network waited for its batch."""
     losses: dict[str, float] = dataclasses.field(default_factory=dict)
     curve: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
@@ -174,6 +177,8 @@ class Trainer:
         self.raw_module = module
         module.train()
         channels_last(module)
+        if config.recompute:
+            checkpoint_activations(module)
         self.module, self.optimizer = fabric.setup(module, make_optimizer(config, groups))
         budgets = [config.steps]
         if config.epochs is not None:
@@ -186,6 +191,11 @@ class Trainer:
         by_steps = self.state.step / self.max_steps if self.max_steps else 0.0
         by_time = self.state.seconds / self.config.time_budget if self.config.time_budget else 0.0
         return min(max(by_steps, by_time), 1.0)
+
+    @property
+    def waiting_share(self) -> float:
+        """Part 0..1 of the time that went into making batches while the network waited."""
+        return self.state.waiting / self.state.seconds if self.state.seconds else 0.0
 
     @property
     def finished(self) -> bool:
@@ -242,7 +252,10 @@ class Trainer:
         message = ""
         while True:
             try:
-                losses = self._gradients(batch_at(self.state.step, self.micro_batches))
+                started = time.monotonic()
+                batches = batch_at(self.state.step, self.micro_batches)
+                self.state.waiting += time.monotonic() - started
+                losses = self._gradients(batches)
                 break
             except RuntimeError as error:
                 if not is_out_of_memory(error):

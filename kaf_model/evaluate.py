@@ -16,17 +16,18 @@ import csv
 import json
 import math
 import os
-import uuid
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
+from kaf_model.text_files import write_atomically
 from kaf_model.volume import find_volumes, read_labels, read_volume, volume_name
 
 BACKGROUND = 0
@@ -113,19 +114,16 @@ class Scores:
 
         The file appears complete or not at all.
         """
-        path = Path(path)
         columns = [column.name for column in fields(ClassScore)]
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(columns)
-                for row in self.rows:
-                    cells = [getattr(row, column) for column in columns]
-                    writer.writerow("" if cell != cell else cell for cell in cells)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+        def write(file: TextIO) -> None:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            for row in self.rows:
+                cells = [getattr(row, column) for column in columns]
+                writer.writerow("" if cell != cell else cell for cell in cells)
+
+        write_atomically(Path(path), write)
 
     def table(self) -> str:
         """Return a Markdown table: mean and standard deviation of each class, and the mean over classes."""

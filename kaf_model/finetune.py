@@ -351,6 +351,7 @@ def _record(
         "steps": trainer.state.step,
         "complete": trainer.finished,
         "seconds": round(trainer.state.seconds, 1),
+        "waiting_share": round(trainer.waiting_share, 3),
         "device": str(trainer.fabric.device),
         "losses": {name: round(value, 5) for name, value in trainer.state.losses.items()},
         "curve": thinned(trainer.state.curve),

@@ -10,13 +10,20 @@ from kaf_model.precision import full_precision
 
 
 class BottleneckHead(nn.Module):
-    """c_i: the embedding of a slice from the pooled bottleneck."""
+    """c_i: the embedding of a slice from the pooled bottleneck.
 
-    def __init__(self, channels: int, *, projection_width: int) -> None:
+    Args:
+        channels: Of the bottleneck.
+        projection_width: Of the embedding.
+        normalise: Batch normalisation of the hidden layer, as the keypoint head has it; published: none. Without
+            it the pooled maps of all slices begin so alike that a short training never tells them apart.
+    """
+
+    def __init__(self, channels: int, *, projection_width: int, normalise: bool = False) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, channels // 2), nn.ReLU(), nn.Linear(channels // 2, projection_width)
-        )
+        hidden = channels // 2
+        between = [BatchNorm(hidden), nn.ReLU()] if normalise else [nn.ReLU()]
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), *between, nn.Linear(hidden, projection_width))
 
     def forward(self, bottleneck: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, projection_width)."""

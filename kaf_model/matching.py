@@ -18,46 +18,101 @@ from kaf_model.precision import full_precision
 _ABSENT = -1e9
 
 
+_ITERATIONS_A_KERNEL = 5
+"""Iterations that share an exponential. The bins, which take from everybody, keep a potential from changing by
+more than about the logarithm of the number of keypoints an iteration, so that five stay within float32."""
+
+
 class _LogSinkhorn(torch.autograd.Function):
-    """Potentials of the transport; the backward pass recomputes what the forward pass does not store."""
+    """Potentials of the transport, by few exponentials: between them an iteration is two matrix-vector products.
+
+    With the potentials r, c of an iteration in the kernel K = exp(costs + r + c), the next ones are
+    r + log(rows / (K v)) and c + log(columns / (K' u)). The backward pass stores the potentials alone, and the
+    gradient of the costs is K times a product of as many columns as there are half iterations.
+    """
 
     @staticmethod
     def forward(
-        context: Any, costs: Tensor, log_rows: Tensor, log_columns: Tensor, iterations: int
+        context: Any,
+        costs: Tensor,
+        log_rows: Tensor,
+        log_columns: Tensor,
+        iterations: int,
+        tolerance: float,
     ) -> tuple[Tensor, Tensor]:
-        columns = torch.zeros_like(log_columns)
-        rows = torch.zeros_like(log_rows)
-        history = [columns]
-        for _ in range(iterations):
-            rows = log_rows - torch.logsumexp(costs + columns[:, None, :], dim=2)
-            columns = log_columns - torch.logsumexp(costs + rows[:, :, None], dim=1)
-            history += [rows, columns]
-        context.save_for_backward(costs, *history)
-        return rows, columns
+        row_mass, column_mass = log_rows.exp(), log_columns.exp()
+        rows = [log_rows - torch.logsumexp(costs, dim=2)]
+        columns = [torch.zeros_like(log_columns)]
+        columns.append(log_columns - torch.logsumexp(costs + rows[0][:, :, None], dim=1))
+        with full_precision(costs.device):
+            while len(rows) < iterations:
+                first_rows, first_columns = rows[-1], columns[-1]
+                kernel = _kernel(costs, first_rows, first_columns)
+                right = torch.ones_like(first_columns)
+                for _ in range(min(_ITERATIONS_A_KERNEL, iterations - len(rows))):
+                    left = _scaling(row_mass, torch.einsum("pnm,pm->pn", kernel, right))
+                    right = _scaling(column_mass, torch.einsum("pnm,pn->pm", kernel, left))
+                    rows.append(first_rows + left.log())
+                    columns.append(first_columns + right.log())
+                if tolerance and (columns[-1] - columns[-2]).abs().max() < tolerance:
+                    break
+        context.save_for_backward(costs, row_mass, column_mass, *rows, *columns)
+        return rows[-1], columns[-1]
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        costs, *history = context.saved_tensors
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        costs, row_mass, column_mass, *history = context.saved_tensors
+        iterations = len(history) // 2
+        rows, columns = history[:iterations], history[iterations:]
+        of_row, of_column = (torch.where(mass > 0, 1 / mass, 0.0) for mass in (row_mass, column_mass))
         grad_rows, grad_columns = gradients
         grad_costs = torch.zeros_like(costs)
-        grad_log_rows = torch.zeros_like(grad_rows)
-        grad_log_columns = torch.zeros_like(grad_columns)
-        for step in range(len(history) - 1, 0, -2):
-            before, rows = history[step - 2], history[step - 1]
-            grad_log_columns += grad_columns
-            share = torch.softmax(costs + rows[:, :, None], dim=1) * grad_columns[:, None, :]
-            grad_costs -= share
-            grad_rows = grad_rows - share.sum(2)
-            grad_log_rows += grad_rows
-            share = torch.softmax(costs + before[:, None, :], dim=2) * grad_rows[:, :, None]
-            grad_costs -= share
-            grad_columns = -share.sum(1)
-            grad_rows = torch.zeros_like(grad_rows)
-        return grad_costs, grad_log_rows, grad_log_columns, None
+        grad_log_rows, grad_log_columns = torch.zeros_like(row_mass), torch.zeros_like(column_mass)
+        with full_precision(costs.device):
+            for start in reversed(range(1, iterations, _ITERATIONS_A_KERNEL)):
+                kernel = _kernel(costs, rows[start - 1], columns[start])
+                lefts, rights = [], []
+                for step in reversed(range(start, min(start + _ITERATIONS_A_KERNEL, iterations))):
+                    left = (rows[step] - rows[start - 1]).exp()
+                    right, before = ((columns[s] - columns[start]).exp() for s in (step + 1, step))
+                    grad_log_columns += grad_columns
+                    weighted = right * of_column * grad_columns
+                    grad_rows = grad_rows - left * torch.einsum("pnm,pm->pn", kernel, weighted)
+                    lefts.append(left)
+                    rights.append(weighted)
+                    grad_log_rows += grad_rows
+                    weighted = left * of_row * grad_rows
+                    grad_columns = -before * torch.einsum("pnm,pn->pm", kernel, weighted)
+                    lefts.append(weighted)
+                    rights.append(before)
+                    grad_rows = torch.zeros_like(grad_rows)
+                grad_costs -= kernel * (torch.stack(lefts, dim=2) @ torch.stack(rights, dim=1))
+        grad_log_columns += grad_columns
+        share = torch.softmax(costs + rows[0][:, :, None], dim=1) * grad_columns[:, None, :]
+        grad_costs -= share
+        grad_rows = grad_rows - share.sum(2)
+        grad_log_rows += grad_rows
+        grad_costs -= torch.softmax(costs, dim=2) * grad_rows[:, :, None]
+        return grad_costs, grad_log_rows, grad_log_columns, None, None
+
+
+def _kernel(costs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return (costs + rows[:, :, None]).add_(columns[:, None, :]).exp_()
+
+
+def _scaling(mass: Tensor, sums: Tensor) -> Tensor:
+    """What brings sums to the mass that is wanted; 1 for padding, whose sums are 0."""
+    return torch.where(sums > 0, mass / sums, 1.0)
 
 
 def log_optimal_transport(
-    scores: Tensor, bin_score: Tensor, valid0: Tensor, valid1: Tensor, *, iterations: int
+    scores: Tensor,
+    bin_score: Tensor,
+    valid0: Tensor,
+    valid1: Tensor,
+    *,
+    iterations: int,
+    tolerance: float = 0.0,
 ) -> Tensor:
     """Soft assignment between two keypoint sets, each with a bin for what has no partner.
 
@@ -67,21 +122,22 @@ def log_optimal_transport(
         valid0: (P, N) bool.
         valid1: (P, M) bool.
         iterations: Sinkhorn iterations.
+        tolerance: Stop before the last of them once an iteration changes no potential by more; 0 never does.
 
     Returns:
         log P-bar (P, N + 1, M + 1): rows of valid keypoints sum to 1, the bins to the size of the other
         set. Meaningless where padding is.
     """
     scores, bin_score = scores.float(), bin_score.float()
-    if scores.device.type == "cpu" and not (valid0.all() and valid1.all()):
-        return _transport_each(scores, bin_score, valid0, valid1, iterations)
-    return _transport_padded(scores, bin_score, valid0, valid1, iterations)
+    if scores.device.type == "cpu":
+        return _transport_each(scores, bin_score, valid0, valid1, iterations, tolerance)
+    return _transport_padded(scores, bin_score, valid0, valid1, iterations, tolerance)
 
 
 def _transport_each(
-    scores: Tensor, bin_score: Tensor, valid0: Tensor, valid1: Tensor, iterations: int
+    scores: Tensor, bin_score: Tensor, valid0: Tensor, valid1: Tensor, iterations: int, tolerance: float
 ) -> Tensor:
-    """Pair after pair, each without its padding: on CPUs most of the time would go into padding."""
+    """Pair after pair, each without its padding; CPUs multiply one matrix by a vector far faster than several."""
     _, num0, num1 = scores.shape
     assignments = []
     for pair_scores, pair_valid0, pair_valid1 in zip(scores, valid0, valid1, strict=True):
@@ -92,6 +148,7 @@ def _transport_each(
             valid0.new_ones(1, len(rows)),
             valid1.new_ones(1, len(columns)),
             iterations,
+            tolerance,
         )[0]
         rows = torch.cat([rows, rows.new_tensor([num0])])
         columns = torch.cat([columns, columns.new_tensor([num1])])
@@ -101,7 +158,7 @@ def _transport_each(
 
 
 def _transport_padded(
-    scores: Tensor, bin_score: Tensor, valid0: Tensor, valid1: Tensor, iterations: int
+    scores: Tensor, bin_score: Tensor, valid0: Tensor, valid1: Tensor, iterations: int, tolerance: float
 ) -> Tensor:
     """All pairs at once under masks."""
     pairs, num0, num1 = scores.shape
@@ -120,9 +177,34 @@ def _transport_padded(
         log_rows.masked_fill(~real0, _ABSENT),
         log_columns.masked_fill(~real1, _ABSENT),
         iterations,
+        tolerance,
     )
     assignment: Tensor = with_bins + rows[:, :, None] + columns[:, None, :] - norm[:, :, None]
     return assignment
+
+
+def log_dual_softmax(scores: Tensor, bin_score: Tensor, valid0: Tensor, valid1: Tensor) -> Tensor:
+    """Soft assignment as the product of the softmax over either set and its bin; no iterations.
+
+    Args:
+        scores: (P, N, M) similarity of each pair of keypoints.
+        bin_score: Scalar score of leaving a keypoint unmatched.
+        valid0: (P, N) bool.
+        valid1: (P, M) bool.
+
+    Returns:
+        log P-bar (P, N + 1, M + 1) as of `log_optimal_transport`, but that a keypoint's row sums to at most 1.
+        The last entry of both bins is 0. Meaningless where padding is.
+    """
+    pairs, num0, num1 = scores.shape
+    absent = ~(valid0[:, :, None] & valid1[:, None, :])
+    scores, bin_score = scores.float().masked_fill(absent, _ABSENT), bin_score.float()
+    over1 = torch.cat([scores, bin_score.expand(pairs, num0, 1)], dim=2).log_softmax(2)  # (P, N, M + 1)
+    over0 = torch.cat([scores, bin_score.expand(pairs, 1, num1)], dim=1).log_softmax(1)  # (P, N + 1, M)
+    matched = over1[:, :, :num1] + over0[:, :num0]
+    upper = torch.cat([matched, over1[:, :, num1:]], dim=2)
+    lower = torch.cat([over0[:, num0:], over0.new_zeros(pairs, 1, 1)], dim=2)
+    return torch.cat([upper, lower], dim=1)
 
 
 @dataclass(frozen=True)
@@ -147,15 +229,24 @@ class Matcher(nn.Module):
         width: Width E of the keypoint features.
         heads: Heads of each attention block.
         rounds: Rounds of one self- and one cross-attention block.
-        iterations: Sinkhorn iterations.
+        iterations: Sinkhorn iterations; 0 takes the dual softmax instead of the transport.
         position_reference: Length in pixels that scales positions; None takes the longer side of the slice.
+        tolerance: Change of the potentials below which the iterations stop early; 0 never does.
     """
 
     def __init__(
-        self, width: int, *, heads: int, rounds: int, iterations: int, position_reference: float | None
+        self,
+        width: int,
+        *,
+        heads: int,
+        rounds: int,
+        iterations: int,
+        position_reference: float | None,
+        tolerance: float = 0.0,
     ) -> None:
         super().__init__()
         self.iterations = iterations
+        self.tolerance = tolerance
         self.position_reference = position_reference
         self.position_encoder = PositionEncoder(width)
         self.self_attention = nn.ModuleList(AttentionBlock(width, heads=heads) for _ in range(rounds))
@@ -192,10 +283,13 @@ class Matcher(nn.Module):
         with full_precision(padded.device):
             scores = padded[:pairs] @ padded[pairs:].transpose(1, 2) / padded.shape[-1] ** 0.5
         valid0, valid1 = keypoints.valid[:pairs], keypoints.valid[pairs:]
-        return Matches(
-            log_optimal_transport(scores, self.bin_score, valid0, valid1, iterations=self.iterations),
-            valid0,
-            valid1,
+        return Matches(self._assign(scores, valid0, valid1), valid0, valid1)
+
+    def _assign(self, scores: Tensor, valid0: Tensor, valid1: Tensor) -> Tensor:
+        if not self.iterations:
+            return log_dual_softmax(scores, self.bin_score, valid0, valid1)
+        return log_optimal_transport(
+            scores, self.bin_score, valid0, valid1, iterations=self.iterations, tolerance=self.tolerance
         )
 
 

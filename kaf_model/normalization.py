@@ -6,11 +6,26 @@ SyncBatchNorm needs a GPU; these run on gloo too, so that training on many machi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+_recomputed: ContextVar[bool] = ContextVar("recomputed", default=False)
+
+
+@contextmanager
+def recomputation() -> Iterator[None]:
+    """Leave running statistics alone inside the block: it repeats a forward pass that has changed them."""
+    token = _recomputed.set(True)
+    try:
+        yield
+    finally:
+        _recomputed.reset(token)
 
 
 def is_distributed() -> bool:
@@ -110,9 +125,14 @@ class BatchNorm(nn.BatchNorm2d):
             self.weight,
             self.bias,
             training=self.training and values > 1,
-            momentum=self.momentum or 0.0,
+            momentum=self._share_of_batch,
             eps=self.eps,
         )
+
+    @property
+    def _share_of_batch(self) -> float:
+        """Share of a batch in the running statistics."""
+        return 0.0 if _recomputed.get() else self.momentum or 0.0
 
     def _forward_joint(self, input: Tensor) -> Tensor:
         assert self.running_mean is not None
@@ -127,7 +147,7 @@ class BatchNorm(nn.BatchNorm2d):
             mean = sum_over_ranks(maps.sum(axes)) / count
             variance = sum_over_ranks((maps - mean.view(shape)).square().sum(axes)) / count
             with torch.no_grad():
-                momentum = self.momentum or 0.0
+                momentum = self._share_of_batch
                 self.running_mean.lerp_(mean.detach(), momentum)
                 self.running_var.lerp_(variance.detach() * count / (count - 1), momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)

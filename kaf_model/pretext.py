@@ -162,6 +162,7 @@ def _record(config: PretrainConfig, trainer: Trainer, statistics: Mapping[str, o
         "steps": trainer.state.step,
         "complete": trainer.finished,
         "seconds": round(trainer.state.seconds, 1),
+        "waiting_share": round(trainer.waiting_share, 3),
         "device": str(trainer.fabric.device),
         "losses": {name: round(value, 5) for name, value in trainer.state.losses.items()},
         "curve": thinned(trainer.state.curve),

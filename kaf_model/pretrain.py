@@ -16,43 +16,37 @@ from kaf_model.engine import NonFiniteLoss, OutOfMemory
 from kaf_model.errors import UserError
 from kaf_model.heads import BottleneckHead, KeypointHead, KeypointProjection
 from kaf_model.keypoints import KeypointCache
-from kaf_model.losses import masked_image_loss, matching_loss, positional_contrastive_loss
+from kaf_model.losses import matching_loss, positional_contrastive_loss
 from kaf_model.matching import Matcher
 from kaf_model.normalization import gather_over_ranks
 from kaf_model.preparation import PreparedVolume
 from kaf_model.pretext import PretrainResult, train_pretext
 from kaf_model.progress import Progress
-from kaf_model.unet import build_encoder, build_network
+from kaf_model.unet import build_encoder
 from kaf_model.volume import Unreadable, Volume
 
 
 class PretrainingNetwork(nn.Module):
     """The encoder with the heads that the weighted losses need.
 
-    Maps a batch of pairs to {"total", "pcl", "global", "local"} of Eq. 1-3 and {"masked"}; losses of weight
-    zero, and for a network without KAF layers those on keypoints, have no head and are not computed.
+    Maps a batch of pairs to {"total", "pcl", "global", "local"} of Eq. 1-3; losses of weight zero, and for
+    a network without KAF layers those on keypoints, have no head and are not computed.
     """
 
     def __init__(self, model: ModelConfig, config: PretrainConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = build_encoder(model)
-        if config.weight_masked:
-            network = build_network(model)
-            if not isinstance(network.head, nn.Conv2d):
-                raise UserError(
-                    f"weight_masked needs a decoder, and a {model.architecture} has none; set it to 0"
-                )
-            self.encoder, self.decoder = network.encoder, network.decoder
-            self.masked_head = nn.Conv2d(network.head.in_channels, 1, 1)
         num_kaf = len(self.encoder.kaf_layers)
         if config.weight_pcl:
             self.bottleneck_head = BottleneckHead(
-                self.encoder.bottleneck_width, projection_width=config.projection_width
+                self.encoder.bottleneck_width,
+                projection_width=config.projection_width,
+                normalise=config.normalised_head,
             )
         self.has_global = bool(config.weight_global and num_kaf)
         self.has_local = bool(config.weight_local and num_kaf)
-        if not (config.weight_pcl or self.has_global or self.has_local or config.weight_masked):
+        if not (config.weight_pcl or self.has_global or self.has_local):
             raise UserError(
                 "pretraining has nothing to learn: all loss weights that apply to this network are 0"
             )
@@ -67,16 +61,14 @@ class PretrainingNetwork(nn.Module):
                 heads=model.heads,
                 rounds=config.matching_rounds,
                 iterations=config.sinkhorn_iterations,
+                tolerance=config.sinkhorn_tolerance,
                 position_reference=model.position_reference,
             )
 
     def forward(self, batch: PretrainingBatch) -> dict[str, Tensor]:
         """Losses of one batch; both views of all pairs go through the encoder at once."""
         views, config = batch.views, self.config
-        images = views.images
-        if batch.hidden is not None:
-            images = images.masked_fill(batch.hidden[:, None], 0.0)  # the mean of a z-scored volume
-        encoded = self.encoder(images, views.keypoints, views.valid)
+        encoded = self.encoder(views.images, views.keypoints, views.valid)
         losses: dict[str, Tensor] = {}
         total = encoded.bottleneck.new_zeros((), dtype=torch.float32)
         if config.weight_pcl:
@@ -96,10 +88,6 @@ class PretrainingNetwork(nn.Module):
                 unmatched_weight=config.unmatched_weight,
             )
             total = total + config.weight_local * losses["local"]
-        if batch.hidden is not None:
-            filled_in = self.masked_head(self.decoder(encoded))
-            losses["masked"] = masked_image_loss(filled_in, views.images, batch.hidden)
-            total = total + config.weight_masked * losses["masked"]
         return {"total": total, **losses}
 
     def _contrast(self, embeddings: Tensor, batch: PretrainingBatch) -> Tensor:
@@ -127,7 +115,6 @@ class KeypointAugmented:
             correspondences=training.correspondences,
             batch_size=training.batch_size,
             seed=training.seed,
-            hide=(training.masked_patch, training.masked_share) if training.weight_masked else None,
         )
 
     def network(self, model: ModelConfig, training: PretrainConfig, num_slices: int) -> PretrainingNetwork:

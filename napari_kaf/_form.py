@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel
-from qtpy.QtWidgets import QCheckBox, QComboBox, QSpinBox
+from qtpy.QtWidgets import QCheckBox, QComboBox, QDoubleSpinBox, QSpinBox
 
 
 def tip(settings: type[BaseModel], name: str) -> str:
@@ -52,4 +52,17 @@ def spin_box(settings: type[BaseModel], name: str, *, highest: int = 10_000_000)
             highest = int(str(limit.le))
     box.setRange(lowest, highest)
     box.setValue(int(settings.model_fields[name].default))
+    return box
+
+
+def number_box(
+    settings: type[BaseModel], name: str, *, lowest: float, highest: float, decimals: int
+) -> QDoubleSpinBox:
+    """A box for a number; a step is one of its last digit."""
+    box = QDoubleSpinBox()
+    box.setToolTip(tip(settings, name))
+    box.setDecimals(decimals)
+    box.setSingleStep(10**-decimals)
+    box.setRange(lowest, highest)
+    box.setValue(float(settings.model_fields[name].default))
     return box

@@ -110,7 +110,7 @@ class Job:
     """A running task.
 
     Args:
-        title: What is done, for the activity dock.
+        title: What is done, for the activity dock; None shows nothing there.
         task: The work.
         on_report: Called on the GUI thread with all that the task yields.
         on_done: Called with what it returns, unless it failed.
@@ -123,7 +123,7 @@ class Job:
 
     def __init__(
         self,
-        title: str,
+        title: str | None,
         task: Task,
         *,
         on_report: Callable[[Any], None],
@@ -137,7 +137,7 @@ class Job:
         self.has_something = False
         self._on_report, self._on_done, self._on_failed = on_report, on_done, on_failed
         self._on_given_up = on_given_up
-        self._bar = progress(total=0, desc=title)
+        self._bar = progress(total=0, desc=title) if title is not None else None
         self._listening = True
         self._worker = _Worker(task, self.control)
         self._worker.yielded.connect(self._reported)
@@ -156,7 +156,7 @@ class Job:
         """End the task without hearing from it again: its widget or window closes."""
         self._listening = False
         self.control.cancel()
-        self._bar.close()
+        self._close_bar()
 
     def _give_up(self) -> None:
         if self._listening and not self.has_something:
@@ -167,23 +167,27 @@ class Job:
         if not self._listening:
             return
         self._on_report(report)
-        if isinstance(report, Report):
-            self._draw_bar(report)  # last: napari lets later reports in while it draws
+        if isinstance(report, Report) and self._bar is not None:
+            self._draw_bar(self._bar, report)  # last: napari lets later reports in while it draws
 
-    def _draw_bar(self, report: Report) -> None:
+    def _draw_bar(self, bar: Any, report: Report) -> None:
         progress = report.progress
-        if self._listening and progress.total and self._bar.total != progress.total:
-            self._bar.reset(progress.total)
+        if self._listening and progress.total and bar.total != progress.total:
+            bar.reset(progress.total)
         if self._listening:
-            self._bar.set_description(f"{self._bar.desc.partition(':')[0]}: {progress.stage}")
+            bar.set_description(f"{bar.desc.partition(':')[0]}: {progress.stage}")
         if self._listening:
-            self._bar.update(progress.step - self._bar.n)
+            bar.update(progress.step - bar.n)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def _returned(self, result: Any) -> None:
         if not self._listening:
             return
         self._listening = False
-        self._bar.close()
+        self._close_bar()
         if isinstance(result, Failure):
             self._on_failed(result.message)
         else:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from napari.layers import Image, Layer
 
 KEY = "napari-kaf"
-Role = Literal["volume", "labels", "result", "preview", "comparison", "uncertainty"]
+Role = Literal["volume", "labels", "result", "preview", "comparison", "uncertainty", "explore"]
 _UNITS_IN_MM = {"millimeter": 1.0, "micrometer": 1e-3, "centimeter": 10.0, "meter": 1000.0, "nanometer": 1e-6}
 
 

@@ -1,4 +1,4 @@
-"""The only place that reads or writes viewer layers, and always on the GUI thread.
+"""The only place, with its sibling `_explore_layers`, that touches viewer layers, always on the GUI thread.
 
 Arrays (Z, Y, X) become layers here; `_layer_volume` reads an image layer as a volume. A layer made by the
 plugin or its reader carries its volume and its part in `layer.metadata[KEY]`, so that it is recognised

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kaf_model.config import CorrespondenceConfig, Recipe
 from kaf_model.errors import UserError, VolumeError
@@ -18,6 +17,7 @@ from kaf_model.volume import VolumeInfo, find_volumes, inspect_volume
 from napari_kaf._device import describe_device, memory_in_use, share_processor
 from napari_kaf._interrupt import Interrupted, interruptible
 from napari_kaf._jobs import Control, Report
+from napari_kaf._pair_picture import PairPicture
 
 if TYPE_CHECKING:
     from kaf_model.config import PretrainConfig
@@ -32,23 +32,6 @@ class Found:
     path: Path
     info: VolumeInfo | None
     reason: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class PairPicture:
-    """Two neighbouring slices as pretraining sees them.
-
-    Attributes:
-        images: Both slices (H, W), normalised.
-        points: Keypoints (N, 2) and (M, 2), (y, x).
-        pairs: Index pairs (P, 2) of keypoints taken for the same anatomy.
-        title: Which slices they are.
-    """
-
-    images: tuple[NDArray[np.float32], NDArray[np.float32]]
-    points: tuple[NDArray[np.float32], NDArray[np.float32]]
-    pairs: NDArray[np.int64]
-    title: str
 
 
 @dataclass(frozen=True, eq=False)

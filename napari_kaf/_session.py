@@ -80,6 +80,11 @@ class Session:
             raise RuntimeError("the viewer of this session is closed")
         return viewer
 
+    @property
+    def alive(self) -> bool:
+        """Whether the viewer is still there."""
+        return self._viewer() is not None
+
     # --- volume and labels -------------------------------------------------------------------------------
 
     def choose_volume(self, layer: Image | None) -> None:
@@ -340,9 +345,9 @@ class Session:
         if viewer is None:
             return
         seen = [
-            (id(layer), layer.name, tuple(layer.data.shape))
+            (id(layer), layer.name, tuple(getattr(layer.data, "shape", ())))  # shapes are a list
             for layer in viewer.layers
-            if not layer.multiscale
+            if not layer.multiscale and _layers.role_of(layer) != "explore"
         ]
         if seen == self._seen:
             return

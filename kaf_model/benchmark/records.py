@@ -8,9 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +16,7 @@ from typing import Any, TextIO
 import yaml
 
 from kaf_model.errors import UserError
+from kaf_model.text_files import write_atomically
 from kaf_model.training_files import resume_path
 
 
@@ -202,17 +201,6 @@ class RunFolder:
         content = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
         content["flops_shape"] = tuple(content["flops_shape"])
         return RunResult(**{**content, "labelled": tuple(content["labelled"])})
-
-
-def write_atomically(path: Path, write: Callable[[TextIO], object]) -> None:
-    """Write a text file that appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _number(text: str) -> float:

@@ -9,11 +9,11 @@ from io import StringIO
 from pathlib import Path
 
 from kaf_model.benchmark.curves import learning_curves
-from kaf_model.benchmark.records import write_atomically
 from kaf_model.benchmark.results import Cell, Results, read_results
 from kaf_model.benchmark.runs import Column
 from kaf_model.benchmark.statistics import Comparison, Spread
 from kaf_model.errors import UserError
+from kaf_model.text_files import write_atomically
 
 _REPETITIONS = {
     "strict": "Per-volume Dice of the last step, no slice left out. Mean (standard deviation) over repetitions: "

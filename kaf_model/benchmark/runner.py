@@ -20,7 +20,7 @@ from lightning_fabric import Fabric
 from kaf_model.benchmark.cohort import Case, Cohort, read_case
 from kaf_model.benchmark.costs import costs_of
 from kaf_model.benchmark.plan import Plan
-from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult, write_atomically
+from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult
 from kaf_model.benchmark.runs import Pretraining, Run, all_runs, read_cohort
 from kaf_model.benchmark.scoring import score_cases
 from kaf_model.benchmark.selection import best_step, keeping_best, read_measurements, steps_between
@@ -34,6 +34,7 @@ from kaf_model.finetune import finetune
 from kaf_model.keypoints import KeypointCache
 from kaf_model.labels import LabelledVolume
 from kaf_model.progress import Progress
+from kaf_model.text_files import write_atomically
 from kaf_model.volume_queue import VolumeFiles
 
 _COST_SHAPE = (256, 256)  # of the slice whose operations are counted where trainings do not crop

@@ -120,6 +120,7 @@ class Explorer:
         """Build the encoder of a checkpoint of either kind, and the matcher of one that has it.
 
         Raises:
+            UserError: If the encoder has other levels than a UNet's.
             CheckpointError: If the weights do not fit the configuration of the checkpoint.
             UserError: If its network is a Swin transformer.
         """
@@ -146,6 +147,7 @@ class Explorer:
         """Read a checkpoint of either kind.
 
         Raises:
+            UserError: If the encoder has other levels than a UNet's.
             CheckpointError: If the file cannot be read or its weights do not fit.
         """
         return cls.from_checkpoint(load_checkpoint(path), device=device)
@@ -201,18 +203,18 @@ class Explorer:
         )
 
 
-def _encoder(model: ModelConfig) -> Encoder:
-    encoder = build_encoder(model)
-    if not isinstance(encoder, Encoder):
-        raise UserError(
-            f"exploring needs an encoder of four halving blocks (kaf-unet, unet, fcn and the like), got a "
-            f"{model.architecture}"
-        )
-    return encoder
-
-
 def _frozen(module: AnyModule, device: str | torch.device) -> AnyModule:
     return module.to(device).eval().requires_grad_(False)
+
+
+def _encoder(config: ModelConfig) -> Encoder:
+    encoder = build_encoder(config)
+    if not isinstance(encoder, Encoder):
+        raise UserError(
+            f"a {config.architecture} has no four levels, each half as fine as the one before, to look into; choose "
+            "a model with the encoder of a UNet"
+        )
+    return encoder
 
 
 def _recorder(inputs: list[Tensor]) -> Any:
@@ -251,7 +253,7 @@ def _note(checkpoint: Checkpoint, *, has_matcher: bool) -> str:
     steps = f"{record['steps']} steps" if "steps" in record else "a number of steps that is not recorded"
     matcher = "it has a matcher" if has_matcher else "it has no matcher"
     if checkpoint.kind == "pretrained":
-        names = {"pcl": "L_PCL", "global": "L_global", "local": "L_local", "masked": "masked images"}
+        names = {"pcl": "L_PCL", "global": "L_global", "local": "L_local"}
         losses = ", ".join(names.get(name, name) for name in record.get("losses", {}) if name != "total")
         return f"Pretrained without labels for {steps}{f' with {losses}' if losses else ''}; {matcher}."
     slices = len(record.get("labelled_slices", ()))

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from kaf_model.compute import Cost
 from kaf_model.figures.style import LINE_COLOURS, SMALL, TEXT, colours
@@ -51,6 +52,8 @@ def compute_figure(costs: Sequence[Cost], *, title: str = "") -> Figure:
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(edges, [str(edge) for edge in edges])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.minorticks_off()
         panel.set_xlabel("edge of the slice (pixels)", fontsize=TEXT)
         panel.set_ylabel(quantity, fontsize=TEXT)

@@ -1,7 +1,6 @@
 """The training losses, one file a loss."""
 
 from kaf_model.losses.contrastive import positional_contrastive_loss
-from kaf_model.losses.masked import hide_patches, masked_image_loss
 from kaf_model.losses.matching import matching_loss
 from kaf_model.losses.segmentation import IGNORED, cross_entropy, dice_cross_entropy, soft_dice
 
@@ -9,8 +8,6 @@ __all__ = [
     "IGNORED",
     "cross_entropy",
     "dice_cross_entropy",
-    "hide_patches",
-    "masked_image_loss",
     "matching_loss",
     "positional_contrastive_loss",
     "soft_dice",

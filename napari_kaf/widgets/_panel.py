@@ -9,12 +9,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from napari.utils.notifications import show_error, show_info, show_warning
 from qtpy.QtCore import QEvent, QObject, Qt
 from qtpy.QtWidgets import (
+    QAbstractSlider,
     QAbstractSpinBox,
     QComboBox,
     QFrame,
     QLabel,
     QPushButton,
     QScrollArea,
+    QScrollBar,
     QSizePolicy,
     QVBoxLayout,
     QWidget,
@@ -103,8 +105,10 @@ class Panel(QScrollArea):
 
     def showEvent(self, event: Any) -> None:
         """From the first showing on, the wheel changes no value it passes over, and long names no width."""
-        for kind in (QAbstractSpinBox, QComboBox):
+        for kind in (QAbstractSpinBox, QComboBox, QAbstractSlider):
             for box in self.findChildren(kind):
+                if isinstance(box, QScrollBar):
+                    continue
                 box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
                 box.installEventFilter(self)
                 if isinstance(box, QComboBox):

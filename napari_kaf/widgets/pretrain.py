@@ -17,10 +17,10 @@ from kaf_model.config import PRESETS, PretrainConfig, Recipe
 from kaf_model.errors import UserError
 from napari_kaf._form import spin_box
 from napari_kaf._jobs import Report
+from napari_kaf._pair_picture import PairPicture
 from napari_kaf._paths import models_folder
 from napari_kaf._pretrain_task import (
     Found,
-    PairPicture,
     PretrainOutcome,
     PretrainRequest,
     pretrain_task,

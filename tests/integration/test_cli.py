@@ -596,7 +596,7 @@ def test_two_processes_train_as_one(cohort: Path, tmp_path: Path, kaf: Kaf) -> N
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kaf_model")
     two = finish(in_a_process([*line, str(tmp_path / "two.safetensors")], *launcher))
     assert two.code == 0, two.err
-    assert two.losses == pytest.approx(one.losses, abs=1e-4)
+    assert two.losses == pytest.approx(one.losses, abs=1e-3)
     assert two.out.count("wrote ") == 1  # only the first process prints
 
 

@@ -81,3 +81,8 @@ def test_what_does_not_divide_is_refused(options, message):
 def test_plain_networks_are_refused():
     with pytest.raises(UserError, match="kaf-unet"):
         next(measure_costs(ModelConfig(architecture="unet"), edges=[64], blocks=[4]))
+
+
+def test_devices_that_count_no_memory_are_refused():
+    with pytest.raises(UserError, match="not on mps; use --device cpu"):
+        next(measure_costs(ModelConfig(), edges=[64], blocks=[4], device="mps"))

@@ -10,6 +10,7 @@ from kaf_model.matching import (
     _LogSinkhorn,
     _transport_each,
     _transport_padded,
+    log_dual_softmax,
     log_optimal_transport,
 )
 
@@ -97,7 +98,7 @@ def potentials_slowly(costs, log_rows, log_columns, iterations):
     return rows, columns
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 4])
+@pytest.mark.parametrize("iterations", [1, 2, 4, 6, 13])
 def test_gradients_of_the_iterations(iterations):
     generator = torch.Generator().manual_seed(0)
     inputs = [
@@ -105,17 +106,82 @@ def test_gradients_of_the_iterations(iterations):
         for shape in ((2, 3, 4), (2, 3), (2, 4))
     ]
     assert torch.autograd.gradcheck(
-        lambda *given: _LogSinkhorn.apply(*given, iterations), inputs, fast_mode=True
+        lambda *given: _LogSinkhorn.apply(*given, iterations, 0.0), inputs, fast_mode=True
     )
     weights = [torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)]
     gradients = []
-    for work in (_LogSinkhorn.apply, potentials_slowly):
+    for work in (lambda *given: _LogSinkhorn.apply(*given, 0.0), potentials_slowly):
         outputs = work(*inputs, iterations)
         gradients.append(
             torch.autograd.grad(sum((w * o).sum() for w, o in zip(weights, outputs, strict=True)), inputs)
         )
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+@pytest.mark.parametrize("strength", [30, 200])
+def test_scores_far_apart_stay_finite_and_exact(strength):
+    scores = torch.randn(1, 40, 60, generator=torch.Generator().manual_seed(0)) * strength
+    results = []
+    for work in (transport, transport_slowly):
+        given = scores.clone().requires_grad_()
+        out = work(given, iterations=100)
+        likely = out.exp()
+        gradient = torch.autograd.grad(
+            (likely * torch.linspace(-1, 1, out.numel()).view_as(out)).sum(), given
+        )
+        results.append((likely, *gradient))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs.float(), atol=2e-3, rtol=1e-3)
+
+
+def transport_slowly(scores, *, iterations):
+    """One pair in double precision, with the gradients of torch, bin score 1."""
+    num0, num1 = scores.shape[1:]
+    costs = torch.nn.functional.pad(scores.double(), (0, 1, 0, 1), value=1.0)
+    norm = -torch.tensor(float(num0 + num1)).double().log()
+    log_rows, log_columns = (norm.expand(1, count + 1).clone() for count in (num0, num1))
+    log_rows[:, -1] += torch.tensor(float(num1)).log()
+    log_columns[:, -1] += torch.tensor(float(num0)).log()
+    rows, columns = potentials_slowly(costs, log_rows, log_columns, iterations)
+    return costs + rows[:, :, None] + columns[:, None, :] - norm
+
+
+def test_a_tolerance_stops_early_near_the_end():
+    scores = torch.randn(1, 6, 9, generator=torch.Generator().manual_seed(0))
+    calls = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: calls.append(x.shape), lambda x: x):
+        early = log_optimal_transport(
+            scores.requires_grad_(),
+            torch.tensor(1.0),
+            masks(6, 6),
+            masks(9, 9),
+            iterations=300,
+            tolerance=1e-4,
+        )
+    assert len(calls) < 100  # two potentials an iteration are saved
+    assert torch.allclose(early, transport(scores, iterations=300), atol=1e-3)
+
+
+def test_dual_softmax_by_hand():
+    scores = torch.tensor([[[2.0, 0.0, 1.0], [0.5, 3.0, -1.0]]])
+    assignment = log_dual_softmax(scores, torch.tensor(0.5), masks(2, 2), masks(3, 3))[0].exp()
+    rows = torch.cat([scores[0], torch.full((2, 1), 0.5)], dim=1).exp()
+    columns = torch.cat([scores[0], torch.full((1, 3), 0.5)], dim=0).exp()
+    over1, over0 = rows / rows.sum(1, keepdim=True), columns / columns.sum(0)
+    assert torch.allclose(assignment[:2, :3], over1[:, :3] * over0[:2])
+    assert torch.allclose(assignment[:2, 3], over1[:, 3])
+    assert torch.allclose(assignment[2, :3], over0[2])
+
+
+def test_dual_softmax_of_padded_pairs():
+    scores = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(0))
+    alone = log_dual_softmax(scores, torch.tensor(0.3), masks(4, 4), masks(6, 6))[0]
+    padded = torch.full((1, 7, 9), 5.0)
+    padded[:, :4, :6] = scores
+    inside = log_dual_softmax(padded, torch.tensor(0.3), masks(4, 7), masks(6, 9))[0]
+    assert torch.allclose(inside[[0, 1, 2, 3, -1]][:, [0, 1, 2, 3, 4, 5, -1]], alone, atol=1e-6)
 
 
 def test_gradients_under_padding_are_those_without():
@@ -242,7 +308,7 @@ def test_pairs_one_by_one_are_transported_as_the_padded_batch_is():
     for way in (_transport_each, _transport_padded):
         scores = torch.randn(3, 4, 3, generator=generator.manual_seed(3), requires_grad=True)
         bin_score = torch.tensor(0.5, requires_grad=True)
-        assignment = way(scores, bin_score, valid0, valid1, 20)
+        assignment = way(scores, bin_score, valid0, valid1, 20, 0.0)
         real0 = torch.cat([valid0, torch.ones(3, 1, dtype=torch.bool)], 1)
         real1 = torch.cat([valid1, torch.ones(3, 1, dtype=torch.bool)], 1)
         kept = assignment[real0[:, :, None] & real1[:, None, :]]

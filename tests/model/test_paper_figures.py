@@ -164,6 +164,11 @@ def test_costs_are_drawn_against_the_edge():
     assert len(operations.lines) == len(memory.lines) == 4
     assert operations.lines[1].get_xydata().tolist() == [[32, 256], [64, 512]]
     assert memory.lines[0].get_xydata().tolist() == [[32, 32], [64, 64]]
+    figure.draw_without_rendering()
+    shown = [
+        tick.label1.get_text() for tick in operations.yaxis.get_major_ticks() if tick.label1.get_visible()
+    ]
+    assert {"200", "500"} <= set(shown)
 
 
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg", "PNG"])

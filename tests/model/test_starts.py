@@ -175,11 +175,11 @@ def test_a_start_learns(name, tmp_path):
 
 
 def test_pcl_is_one_loss_whatever_the_recipe_weighs(tmp_path):
-    recipe = RECIPE.override(pretrain=PRETRAIN.override(steps=1, weight_masked=0.5, weight_global=2.0))
+    recipe = RECIPE.override(pretrain=PRETRAIN.override(steps=1, weight_global=2.0))
     _, result = pretrain("pcl", tmp_path / "p.safetensors", recipe)
     assert set(result.curve[0]) == {"step", "total", "pcl"}
     _, result = pretrain("kaf", tmp_path / "k.safetensors", recipe)
-    assert set(result.curve[0]) == {"step", "total", "pcl", "global", "local", "masked"}
+    assert set(result.curve[0]) == {"step", "total", "pcl", "global", "local"}
 
 
 def test_random_weights_are_no_start(tmp_path):

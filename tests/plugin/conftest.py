@@ -51,3 +51,40 @@ def open_panel(make_napari_viewer, plugin_home, nothing_left, notifications, qtb
         return viewer, panel
 
     return open_
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> Path:
+    """A checkpoint of a small pretraining network with a matcher, KAF layers at levels 2 and 4, random weights."""
+    import torch
+
+    from kaf_model.checkpoint import Checkpoint, save_checkpoint
+    from kaf_model.config import KeypointConfig, Recipe, SliceConfig
+    from kaf_model.pretrain import PretrainingNetwork
+
+    recipe = Recipe.preset("small")
+    model = recipe.model.override(
+        start_channels=4, embedding_width=8, heads=2, attention_blocks=2, kaf_levels=(2, 4)
+    )
+    training = recipe.pretrain.override(projection_width=8, sinkhorn_iterations=20, matching_rounds=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        weights = PretrainingNetwork(model, training).state_dict()
+    record = {
+        "stage": "pretraining",
+        "steps": 7,
+        "num_volumes": 1,
+        "num_slices": 5,
+        "losses": {"total": 1.0, "pcl": 1.0, "global": 1.0, "local": 1.0},
+        "settings": training.model_dump(mode="json"),
+    }
+    path = tmp_path_factory.mktemp("pretrained") / "seven_steps.safetensors"
+    checkpoint = Checkpoint(
+        "pretrained",
+        weights,
+        model,
+        SliceConfig(spacing=None),
+        KeypointConfig(contrast_threshold=0.01),
+        history=(record,),
+    )
+    return save_checkpoint(path, checkpoint)

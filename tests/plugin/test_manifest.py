@@ -23,7 +23,8 @@ def test_the_top_level_manifest_is_a_link_to_the_packaged_one():
 
 def test_panels_import_no_torch():
     code = (
-        "import sys, napari_kaf.widgets.finetune, napari_kaf.widgets.segment, napari_kaf.widgets.pretrain;"
+        "import sys, napari_kaf.widgets.finetune, napari_kaf.widgets.segment, napari_kaf.widgets.pretrain,"
+        "napari_kaf.widgets.explore;"
         "heavy = {'torch', 'monai', 'lightning_fabric', 'SimpleITK'} & set(sys.modules);"
         "sys.exit(', '.join(heavy) or 0)"
     )

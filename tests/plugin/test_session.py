@@ -278,6 +278,15 @@ def test_what_cannot_be_saved_is_told_once_and_tried_again(session, monkeypatch)
     assert session._autosave.sidecar.load().num_marked == 2
 
 
+def test_a_shapes_layer_does_no_harm(make_napari_viewer, plugin_home, nothing_left):
+    viewer = make_napari_viewer()
+    viewer.add_image(np.zeros((3, 8, 9)))
+    viewer.add_shapes([np.array([[0, 0, 0], [0, 4, 4]]), np.zeros((5, 3))], shape_type="path")
+    session = session_for(viewer)
+    session.poll()
+    assert session.opened is not None
+
+
 def test_a_volume_is_cut_along_another_axis_with_its_labels(session, viewer):
     paint(session, 1)
     paint(session, 2, value=2)

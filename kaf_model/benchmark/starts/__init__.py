@@ -81,7 +81,7 @@ class Start:
         )
 
 
-_PCL_ALONE = {"weight_pcl": 1.0, "weight_global": 0.0, "weight_local": 0.0, "weight_masked": 0.0}
+_PCL_ALONE = {"weight_pcl": 1.0, "weight_global": 0.0, "weight_local": 0.0}
 _CHAITANYA = "Chaitanya et al., NeurIPS 2020"
 
 STARTS: Mapping[str, Start] = MappingProxyType(

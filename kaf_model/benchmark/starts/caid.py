@@ -50,7 +50,9 @@ class CaidNetwork(nn.Module):
         self.context_weight = context_weight
         self.encoder = build_encoder(model)
         width = self.encoder.bottleneck_width
-        self.head = BottleneckHead(width, projection_width=training.projection_width)
+        self.head = BottleneckHead(
+            width, projection_width=training.projection_width, normalise=training.normalised_head
+        )
         self.restoration = Restoration(width)
 
     def forward(self, batch: SliceBatch) -> dict[str, Tensor]:

@@ -127,7 +127,11 @@ class _PartsTold(nn.Module):
         self.temperature = training.temperature
         self.num_parts = num_parts
         self.encoder = build_encoder(model)
-        self.head = BottleneckHead(self.encoder.bottleneck_width, projection_width=training.projection_width)
+        self.head = BottleneckHead(
+            self.encoder.bottleneck_width,
+            projection_width=training.projection_width,
+            normalise=training.normalised_head,
+        )
 
     def contrast(self, bottleneck: Tensor, slice_position: Tensor) -> Tensor:
         """Global loss of two views of B slices."""

@@ -53,7 +53,7 @@ class Pirl:
 
     def network(self, model: ModelConfig, training: PretrainConfig, num_slices: int) -> PirlNetwork:
         """The encoder with its two heads and the memory of all slices."""
-        return PirlNetwork(model, self, num_slices)
+        return PirlNetwork(model, training, self, num_slices)
 
 
 class JigsawBatch(NamedTuple):
@@ -134,13 +134,17 @@ class PirlNetwork(nn.Module):
 
     memory_bank: Tensor
 
-    def __init__(self, model: ModelConfig, settings: Pirl, num_slices: int) -> None:
+    def __init__(self, model: ModelConfig, training: PretrainConfig, settings: Pirl, num_slices: int) -> None:
         super().__init__()
         width = settings.projection_width
         self.pretext = settings
         self.encoder = build_encoder(model)
-        self.head = BottleneckHead(self.encoder.bottleneck_width, projection_width=width)
-        self.patch_head = BottleneckHead(self.encoder.bottleneck_width, projection_width=width)
+        self.head = BottleneckHead(
+            self.encoder.bottleneck_width, projection_width=width, normalise=training.normalised_head
+        )
+        self.patch_head = BottleneckHead(
+            self.encoder.bottleneck_width, projection_width=width, normalise=training.normalised_head
+        )
         self.jigsaw_head = nn.Linear(NUM_PATCHES * width, width)
         self.register_buffer("memory_bank", functional.normalize(torch.randn(num_slices, width), dim=1))
 

@@ -39,7 +39,11 @@ class SimCLRNetwork(nn.Module):
         super().__init__()
         self.temperature = training.temperature
         self.encoder = build_encoder(model)
-        self.head = BottleneckHead(self.encoder.bottleneck_width, projection_width=training.projection_width)
+        self.head = BottleneckHead(
+            self.encoder.bottleneck_width,
+            projection_width=training.projection_width,
+            normalise=training.normalised_head,
+        )
 
     def forward(self, batch: SliceBatch) -> dict[str, Tensor]:
         """Losses of one batch."""

@@ -1,0 +1,70 @@
+"""Our own network by the plain path: the same maths with every shortcut off.
+
+Float32, channels first; the diffusion convolves a dense map; attention is padded under masks; the transposed
+convolution has torch's own gradients; each Sinkhorn iteration is stored for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from kaf_model import attention, fusion, matching, unet
+from kaf_model.attention import PackedKeypoints, attend_padded
+
+
+@contextmanager
+def plain_path() -> Iterator[None]:
+    """Make every network that runs inside the block take the plain path."""
+    with (
+        mock.patch.object(attention, "attend", attend_padded),
+        mock.patch.object(fusion, "sparse_convolution", dense_convolution),
+        mock.patch.object(unet.Upsample, "forward", nn.ConvTranspose2d.forward),
+        mock.patch.object(matching, "log_optimal_transport", padded_transport),
+        mock.patch.object(matching, "_LogSinkhorn", StoredSinkhorn),
+    ):
+        yield
+
+
+def dense_convolution(
+    convolution: nn.Module, rows: Tensor, cells: Tensor, keypoints: PackedKeypoints, size: tuple[int, int]
+) -> Tensor:
+    """`sparse_convolution` by scattering into an empty map and convolving all of it."""
+    height, width = size
+    flat = (keypoints.image * height + cells[:, 0]) * width + cells[:, 1]
+    empty = rows.new_zeros(len(keypoints.valid) * height * width, rows.shape[1])
+    sharing = empty[:, :1].index_add(0, flat, rows.new_ones(len(rows), 1))[flat]
+    scattered = empty.index_add(0, flat, rows / sharing)
+    spread: Tensor = convolution(
+        scattered.view(-1, height, width, rows.shape[1]).permute(0, 3, 1, 2).contiguous()
+    )
+    return spread
+
+
+def padded_transport(
+    scores: Tensor, bin_score: Tensor, valid0: Tensor, valid1: Tensor, *, iterations: int, tolerance: float
+) -> Tensor:
+    """`log_optimal_transport` for all pairs at once under masks."""
+    return matching._transport_padded(
+        scores.float(), bin_score.float(), valid0, valid1, iterations, tolerance
+    )
+
+
+class StoredSinkhorn:
+    """The potentials of the transport, every iteration kept for the backward pass."""
+
+    @staticmethod
+    def apply(
+        costs: Tensor, log_rows: Tensor, log_columns: Tensor, iterations: int, *_: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `matching._LogSinkhorn.apply`."""
+        rows, columns = torch.zeros_like(log_rows), torch.zeros_like(log_columns)
+        for _step in range(iterations):
+            rows = log_rows - torch.logsumexp(costs + columns[:, None, :], dim=2)
+            columns = log_columns - torch.logsumexp(costs + rows[:, :, None], dim=1)
+        return rows, columns
