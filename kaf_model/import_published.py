@@ -280,6 +280,7 @@ def _pretraining_network(model: ModelConfig, weights: Mapping[str, Tensor], path
         if has[part]:
             width = shapes.size(f"{part}.mlp.{last}.weight", 0)
     config = PretrainConfig(
+        normalised_head=False,
         weight_pcl=float(has["bottleneck_head"]) or float(not any(has.values())),
         weight_global=float(has["keypoint_head"]),
         weight_local=float(has["matcher"]),

@@ -93,7 +93,7 @@ def test_pretraining_heads_and_matcher(pretraining, tmp_path):
     assert imported.kind == "pretrained"
     assert imported.classes == ()
     assert imported.model.num_classes == 3
-    network = PretrainingNetwork(imported.model, PretrainConfig(projection_width=24))
+    network = PretrainingNetwork(imported.model, PretrainConfig(projection_width=24, normalised_head=False))
     network.load_state_dict(imported.weights)
     network.eval()
 

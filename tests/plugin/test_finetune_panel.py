@@ -11,7 +11,7 @@ import pytest
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 from napari_kaf import _layers
-from napari_kaf._finetune_task import FinetuneRequest
+from napari_kaf._finetune_task import FinetuneOutcome, FinetuneRequest
 from napari_kaf._jobs import Report
 from napari_kaf._keys import KEYS
 from napari_kaf._ledger import Cell
@@ -335,6 +335,7 @@ def test_while_it_trains_nothing_moves_in_the_window_by_itself(labelled, qtbot, 
     def waiting(request: FinetuneRequest, control: object):
         yield Report(Progress("loading the engine", 0, None))
         ended.wait(60)
+        return FinetuneOutcome(None, 0, 0.0, True, None, "CPU")
 
     monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", waiting)
     panel.training.row.button.click()
