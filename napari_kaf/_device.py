@@ -41,7 +41,7 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return {"mps": "Apple GPU"}.get(device.type, f"CPU, {threads} threads")
+    return {"mps": "Apple GPU"}.get(device.type, f"CPU, {threads} thread{'s' if threads != 1 else ''}")
 
 
 def memory_in_use(device: torch.device) -> float:
