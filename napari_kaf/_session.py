@@ -77,7 +77,7 @@ class Session:
         """The viewer."""
         viewer = self._viewer()
         if viewer is None:
-            raise RuntimeError("the viewer of this session is closed")
+            raise RuntimeError("the viewer is closed")
         return viewer
 
     @property

@@ -41,9 +41,7 @@ def segmentation_contours(
         title: Heading of the figure.
         margin: Millimetres left around what is labelled.
     """
-    shapes = {name: labels.shape for name, labels in {"reference": reference, **predictions}.items()}
-    if any(shape != images.shape for shape in shapes.values()) or images.ndim != 3 or not predictions:
-        raise ValueError(f"images (n, H, W) {images.shape} and labels must have one shape, got {shapes}")
+    _check_shapes(images, reference, predictions)
     rows, columns = _window(images.shape[1:], [reference, *predictions.values()], spacing, margin)
     down, across = (
         (span.stop - span.start) * step for span, step in zip((rows, columns), spacing, strict=True)
@@ -115,9 +113,7 @@ def segmentation_comparison(
         title: Heading of the figure.
         margin: Millimetres left around what is labelled.
     """
-    shapes = {name: labels.shape for name, labels in {"reference": reference, **predictions}.items()}
-    if any(shape != images.shape for shape in shapes.values()) or images.ndim != 3 or not predictions:
-        raise ValueError(f"images (n, H, W) {images.shape} and labels must have one shape, got {shapes}")
+    _check_shapes(images, reference, predictions)
     rows, columns = _window(images.shape[1:], [reference, *predictions.values()], spacing, margin)
     down, across = (
         (span.stop - span.start) * step for span, step in zip((rows, columns), spacing, strict=True)
@@ -180,6 +176,14 @@ def fill_labels(
     for value, colour in zip(classes, colours(len(classes)), strict=True):
         layer[labels == value] = to_rgba(colour, 0.6)
     panel.imshow(layer, extent=extent, interpolation="nearest")
+
+
+def _check_shapes(
+    images: NDArray[Any], reference: NDArray[Any], predictions: Mapping[str, NDArray[Any]]
+) -> None:
+    shapes = {name: labels.shape for name, labels in {"reference": reference, **predictions}.items()}
+    if any(shape != images.shape for shape in shapes.values()) or images.ndim != 3 or not predictions:
+        raise ValueError(f"images (n, H, W) {images.shape} and labels must have one shape, got {shapes}")
 
 
 def _window(
