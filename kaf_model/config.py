@@ -96,6 +96,12 @@ class ModelConfig(Settings):
     heads: int = Field(4, gt=0, description="Heads of each attention block.")
     attention_blocks: int = Field(4, ge=0, description="Self-attention blocks in each KAF layer.")
     diffusion_channels: int = Field(64, gt=0, description="Channels between the two diffusion convolutions.")
+    kaf_start: float = Field(
+        1.0,
+        ge=0,
+        description="Factor on the random weights that a KAF layer's last convolution starts from. Near 0 the network "
+        "starts as the plain UNet and learns to use its keypoints, which few steps need; published: 1.",
+    )
     decoder: Literal["wide", "narrow"] = Field(
         "wide",
         description="Channels of the centre and the decoder: those of the encoder's maps with their KAF maps, as "

@@ -274,7 +274,7 @@ def _settings(
     if origin is None:
         return config or ModelConfig(), slices or SliceConfig(), keypoints or KeypointConfig()
     if config is not None:
-        ours, theirs = (c.model_dump(exclude={"num_classes"}) for c in (config, origin.model))
+        ours, theirs = (c.model_dump(exclude={"num_classes", "kaf_start"}) for c in (config, origin.model))
         differing = [name for name in ours if ours[name] != theirs[name]]
         if differing:
             details = ", ".join(f"{name} {theirs[name]} there, {ours[name]} here" for name in differing)

@@ -25,6 +25,7 @@ class KafLayer(nn.Module):
         diffusion_channels: Channels between the two diffusion convolutions.
         level: Pyramid level of the map: its pixels are 2 ** level input pixels wide.
         position_reference: Length in input pixels that scales positions; None takes the map's longer side.
+        start: Factor on the weights that the last convolution starts from.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class KafLayer(nn.Module):
         diffusion_channels: int,
         level: int,
         position_reference: float | None,
+        start: float = 1.0,
     ) -> None:
         super().__init__()
         self.level = level
@@ -50,6 +52,8 @@ class KafLayer(nn.Module):
             nn.ReLU(),
             nn.Conv2d(diffusion_channels, channels, 3, padding=1),
         )
+        for parameter in self.diffusion[-1].parameters():
+            parameter.data.mul_(start)
 
     def forward(self, features: Tensor, keypoints: PackedKeypoints) -> tuple[Tensor, Tensor]:
         """Fuse keypoint attention into a feature map.

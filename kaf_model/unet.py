@@ -129,6 +129,7 @@ class Encoder(FeatureEncoder):
                     diffusion_channels=config.diffusion_channels,
                     level=level,
                     position_reference=config.position_reference,
+                    start=config.kaf_start,
                 )
             channels_in = 2 * channels if has_kaf or self.duplicate else channels
             self.widths.append(channels_in)

@@ -102,6 +102,31 @@ def test_a_layer_step_by_step():
 
 
 @torch.no_grad()
+def test_a_layer_may_start_from_adding_little():
+    layers = []
+    for start in (1.0, 0.01, 0.0):
+        torch.manual_seed(0)
+        layers.append(
+            KafLayer(
+                4,
+                width=8,
+                heads=2,
+                attention_blocks=1,
+                diffusion_channels=3,
+                level=0,
+                position_reference=None,
+                start=start,
+            ).eval()
+        )
+    features, keypoints = torch.randn(2, 4, H, W), keypoints_of([9, 4])
+    (whole, rows), (little, same_rows), (nothing, _) = (layer(features, keypoints) for layer in layers)
+    assert torch.allclose(little[:, 4:], 0.01 * whole[:, 4:], atol=1e-6)
+    assert torch.equal(rows, same_rows)
+    assert whole[:, 4:].any()
+    assert not nothing[:, 4:].any()
+
+
+@torch.no_grad()
 def test_the_reference_length_scales_with_the_level():
     """Input pixels are the unit of the reference, so every level sees the same code for the same place."""
     codes = []
