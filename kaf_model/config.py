@@ -354,8 +354,13 @@ class PseudoLabelConfig(Settings):
     least_slices: int = Field(
         50,
         ge=1,
-        description="With fewer unlabelled slices there are no pseudo-labels: of a few slices the model learns its "
-        "own mistakes.",
+        description="With fewer unlabelled slices there are no pseudo-labels, those of volumes with finished slices "
+        "aside: of a few slices the model learns its own mistakes.",
+    )
+    propagation: float = Field(
+        1.0,
+        ge=0,
+        description="Weight of what finished slices say of the other slices of their volume; 0 leaves it to the model.",
     )
     volumes: int = Field(100, gt=0, description="At most this many volumes without labels are used.")
     confidence: float = Field(
@@ -405,6 +410,12 @@ class SegmentConfig(Settings):
         "learned",
         description="Keep only the largest connected piece of the classes that were in one piece wherever they "
         "were labelled, of all classes, or of none.",
+    )
+    propagation: float = Field(
+        1.0,
+        ge=0,
+        description="Weight of what finished slices of the same volume say of the others, against the network; 0 "
+        "leaves it to the network.",
     )
     probabilities: bool = Field(False, description="Also return the probability of each class.")
     uncertainty: bool = Field(False, description="Also return the entropy of the class probabilities, 0..1.")

@@ -55,6 +55,13 @@ class LabelledVolume:
                     f"slice {z} of {name} is marked empty but {np.count_nonzero(self.labels[z])} pixels are painted"
                 )
 
+    def without_unlabelled(self) -> LabelledVolume:
+        """The same volume with no trace of labels on slices that do not count as labelled."""
+        known = np.zeros_like(self.labels)
+        for z in self.statuses:
+            known[z] = self.labels[z]
+        return LabelledVolume(self.volume, known, self.statuses)
+
 
 def painted_values(cases: Sequence[LabelledVolume]) -> set[int]:
     """The label values on the labelled slices, the background among them."""

@@ -34,6 +34,7 @@ from kaf_model.preparation import (
     reported,
 )
 from kaf_model.progress import Progress
+from kaf_model.propagation import Propagation, propagate
 from kaf_model.segment import predict_slices
 from kaf_model.slices import Slices
 from kaf_model.volume import Unreadable, Volume
@@ -50,11 +51,15 @@ class UnlabelledVolume:
         prepared: Its slices, labelled ones among them.
         known: (Z, H, W) channels that a person painted, IGNORED elsewhere; None where nobody painted.
         free: Rows of `prepared` that may be learnt from with predicted labels.
+        indices: Slice of the volume of each row.
+        propagation: What its finished slices say of the others; None where there are none.
     """
 
     prepared: PreparedVolume
     known: NDArray[np.int64] | None
     free: tuple[int, ...]
+    indices: tuple[int, ...]
+    propagation: Propagation | None = None
 
 
 def prepare_unlabelled(
@@ -102,13 +107,19 @@ def prepare_unlabelled(
                 where = f"slice {z} of {case.volume.name}"
                 known[row] = classes.channels(values[row], case.statuses[z], where)
         rows = tuple(row for row, z in enumerate(wanted) if _is_free(case, z))
-        pool.append(UnlabelledVolume(prepared, known, rows))
+        carried = (
+            (yield from propagate(case, classes.values.tolist(), slices)) if config.propagation else None
+        )
+        pool.append(UnlabelledVolume(prepared, known, rows, tuple(wanted), carried))
     if volumes:
         others = yield from prepare_volumes(
             itertools.islice(volumes, config.volumes), slices, keypoints, cache=cache, store=store
         )
         for prepared in others:
-            pool.append(UnlabelledVolume(prepared, None, tuple(_evenly(range(len(prepared)), config.slices))))
+            indices = range(len(prepared))
+            pool.append(
+                UnlabelledVolume(prepared, None, tuple(_evenly(indices, config.slices)), tuple(indices))
+            )
     return pool
 
 
@@ -139,7 +150,8 @@ class PseudoLabels:
         self.config = config
         self.slices: list[LabelledSlice] = []
         self.round = 0
-        self._pool = pool
+        enough = sum(len(volume.free) for volume in pool) >= config.least_slices
+        self._pool = [volume for volume in pool if enough or volume.propagation is not None]
         self._one_piece = [channel for channel, value in enumerate(classes.values) if int(value) in one_piece]
         self._seed = seed
         self._labels: dict[int, NDArray[np.int8]] = {}
@@ -147,8 +159,7 @@ class PseudoLabels:
     def is_due(self, fraction: float) -> bool:
         """Whether the next round is due at a fraction 0..1 of the training."""
         due = self.config.start + self.round * self.config.every
-        num_free = sum(len(volume.free) for volume in self._pool)
-        return num_free >= self.config.least_slices and due <= fraction < 1
+        return bool(self._pool) and due <= fraction < 1
 
     def renew(
         self, network: InferenceNetwork, device: torch.device
@@ -173,7 +184,7 @@ class PseudoLabels:
             parts = []
             for start in range(0, len(prepared), _SLICES_A_PASS):
                 rows = slice(start, min(start + _SLICES_A_PASS, len(prepared)))
-                parts.append(self._predict(prepared, rows, network, device))
+                parts.append(self._predict(self._pool[index], rows, network, device))
                 done += rows.stop - rows.start
                 yield done, total
             labels[index] = self._settle(self._pool[index], np.concatenate(parts))
@@ -192,12 +203,18 @@ class PseudoLabels:
         self._take({int(index): value.numpy() for index, value in own.items()})
 
     def _predict(
-        self, prepared: PreparedVolume, rows: slice, network: InferenceNetwork, device: torch.device
+        self, volume: UnlabelledVolume, rows: slice, network: InferenceNetwork, device: torch.device
     ) -> NDArray[np.int8]:
         """Channels (n, H, W) where the model is sure, IGNORED elsewhere."""
+        prepared = volume.prepared
         images = np.asarray(prepared.images[rows], dtype=np.float32)
         positions = [found.positions for found in prepared.keypoints[rows]]
-        confidence, channels = predict_slices(network, images, positions, device).max(1)
+        probabilities = predict_slices(network, images, positions, device)
+        if volume.propagation is not None:
+            probabilities = volume.propagation.fused(
+                probabilities, volume.indices[rows], self.config.propagation
+            )
+        confidence, channels = probabilities.max(1)
         sure = torch.where(confidence >= self.config.confidence, channels, IGNORED)
         labels: NDArray[np.int8] = sure.to(torch.int8).cpu().numpy()
         return labels

@@ -21,6 +21,7 @@ from kaf_model.engine import OutOfMemory, is_out_of_memory, release_memory
 from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache, iter_detect, make_detector
 from kaf_model.progress import Progress
+from kaf_model.propagation import Propagation
 from kaf_model.slices import Slices, crop_to, pad_to_multiple
 from kaf_model.unet import SegmentationNetwork
 from kaf_model.volume import Volume
@@ -90,6 +91,7 @@ def segment(
     config: SegmentConfig | None = None,
     *,
     slices: Sequence[int] | None = None,
+    propagation: Propagation | None = None,
     cache: KeypointCache | None = None,
 ) -> Generator[Progress, None, Segmentation]:
     """Segment a volume slice by slice; memory beyond the result does not grow with the number of slices.
@@ -99,6 +101,8 @@ def segment(
         volume: The volume.
         config: What to return and how.
         slices: Segment only these, without cleaning; the others stay background.
+        propagation: What finished slices of this volume say of the others, for the model's classes. Their own
+            labels come back as they are.
         cache: Keypoints found before.
 
     Yields:
@@ -119,7 +123,7 @@ def segment(
     probabilities = store.empty((len(values), *volume.shape)) if config.probabilities else None
     uncertainty = store.empty(volume.shape) if config.uncertainty else None
     done = 0
-    for rows, maps in _predictions(model, stack, wanted, config, cache):
+    for rows, maps in _predictions(model, stack, wanted, config, propagation, cache):
         channels = maps.argmax(1).cpu().numpy()
         labels[rows] = values.astype(labels.dtype)[channels]
         if probabilities is not None:
@@ -132,12 +136,19 @@ def segment(
     if slices is None and config.largest_component != "none":
         learned = [label.value for label in model.classes if label.one_piece]
         keep_largest_components(labels, learned if config.largest_component == "learned" else None)
+    if propagation is not None:
+        propagation.put_back(labels, wanted)
     release_memory()
     return Segmentation(labels, probabilities, uncertainty)
 
 
 def _predictions(
-    model: Model, stack: Slices, wanted: Sequence[int], config: SegmentConfig, cache: KeypointCache | None
+    model: Model,
+    stack: Slices,
+    wanted: Sequence[int],
+    config: SegmentConfig,
+    propagation: Propagation | None,
+    cache: KeypointCache | None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Probabilities (n, K, Y, X) on the source grid, batch after batch."""
     detector = make_detector(model.keypoints)
@@ -151,6 +162,8 @@ def _predictions(
         positions = [keypoints.positions for keypoints in found] or [np.zeros((0, 2), np.float32)] * len(rows)
         try:
             maps = predict_slices(network, images, positions, model.device, flips=config.flips)
+            if propagation is not None and config.propagation:
+                maps = propagation.fused(maps, rows, config.propagation)
             maps = stack.to_source(maps)
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from lightning_fabric import Fabric
 
@@ -148,7 +147,7 @@ class _Workplace:
         folder = RunFolder(self._output / run.folder)
         folder.claim(run.config())
         start = None if run.pretraining is None else (yield from self._pretrained(run.pretraining))
-        labelled = [_without_others(self._labelled(case, run)) for case in run.train]
+        labelled = [self._labelled(case, run).without_unlabelled() for case in run.train]
         if not folder.trained:
             yield from self._train(run, folder, labelled, start)
         model = load_model(self._counting(folder), device=self._fabric.device)
@@ -268,14 +267,6 @@ class _Workplace:
             selected_step=best_step(measured) if measured else trained["steps"],
             date=now(),
         )
-
-
-def _without_others(case: LabelledVolume) -> LabelledVolume:
-    """A volume for training: the true labels of slices that do not count as labelled are not even there."""
-    known = np.zeros_like(case.labels)
-    for z in case.statuses:
-        known[z] = case.labels[z]
-    return LabelledVolume(case.volume, known, case.statuses)
 
 
 def _write_plan(plan: Plan, output: Path) -> None:

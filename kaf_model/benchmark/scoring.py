@@ -17,6 +17,7 @@ from kaf_model.evaluate import ClassScore, evaluate_volume
 from kaf_model.keypoints import KeypointCache
 from kaf_model.labels import LabelledVolume
 from kaf_model.progress import Progress
+from kaf_model.propagation import Propagation, propagate
 from kaf_model.segment import segment
 
 
@@ -46,7 +47,10 @@ def score_cases(
     """
     scores: list[CaseScore] = []
     for number, (case, truth) in enumerate(cases):
-        with contextlib.closing(segment(model, truth.volume, config, cache=cache)) as work:
+        carried = (yield from _carried(model, truth)) if without_labelled and config.propagation else None
+        with contextlib.closing(
+            segment(model, truth.volume, config, propagation=carried, cache=cache)
+        ) as work:
             while True:
                 try:
                     progress = next(work)
@@ -57,6 +61,12 @@ def score_cases(
         scores += compare(case, predicted, truth, classes, without_labelled=without_labelled)
         yield Progress("scoring", number + 1, total)
     return scores
+
+
+def _carried(model: Model, truth: LabelledVolume) -> Generator[Progress, None, Propagation | None]:
+    """What the labelled slices say of the others, whose own labels are not even there."""
+    values = [label.value for label in model.classes]
+    return (yield from propagate(truth.without_unlabelled(), values, model.slices))
 
 
 def compare(
