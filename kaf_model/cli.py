@@ -26,6 +26,7 @@ from kaf_model.cli_benchmark import benchmark_app
 from kaf_model.cli_explore import explore_report
 from kaf_model.cli_figure import figure_app
 from kaf_model.cli_progress import Interrupted, Output
+from kaf_model.cli_propagate import propagate
 from kaf_model.cli_segment import demo, evaluate, segment
 from kaf_model.cli_settings import choose_settings, settings_yaml
 from kaf_model.cli_train import finetune, pretrain
@@ -160,7 +161,7 @@ def _root(
     pass
 
 
-for command in (demo, pretrain, finetune, segment, evaluate):
+for command in (demo, pretrain, finetune, propagate, segment, evaluate):
     app.command()(command)
 app.add_typer(figure_app, name="figure")
 app.command("explore-report")(explore_report)

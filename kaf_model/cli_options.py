@@ -120,6 +120,26 @@ FillNan = Annotated[
         rich_help_panel=_READING,
     ),
 ]
+CompleteSlices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slices",
+        metavar="NAME:3,5,7-9",
+        help="Slices that are labelled completely; unpainted is background. Repeatable. Slices are counted from 0.",
+    ),
+]
+PartialSlices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--partial",
+        metavar="NAME:4,6",
+        help="Slices that are labelled in part; unpainted is unknown. Repeatable.",
+    ),
+]
+EmptySlices = Annotated[
+    list[str] | None,
+    typer.Option("--empty", metavar="NAME:0,1", help="Slices on which nothing is to be found. Repeatable."),
+]
 
 
 # --- values ------------------------------------------------------------------------------------------------
@@ -162,6 +182,18 @@ def parse_slices(text: str) -> tuple[str, list[int]]:
     if not slices:
         raise UserError(f"a range of slices runs upwards, like 3-5; got {text!r}")
     return name, slices
+
+
+def slice_marks(
+    complete: Iterable[str] | None, partial: Iterable[str] | None, empty: Iterable[str] | None
+) -> dict[str, list[tuple[str, list[int]]]]:
+    """Return the named slices by what their labels mean.
+
+    Raises:
+        UserError: If one is not written like patient_01:3,5,7-9.
+    """
+    named = {"complete": complete, "partial": partial, "empty": empty}
+    return {status: [parse_slices(text) for text in texts or ()] for status, texts in named.items()}
 
 
 def parse_classes(text: str) -> dict[int, str]:

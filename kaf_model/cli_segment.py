@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,6 +52,17 @@ def segment(
             help="File NAME.nii.gz for one volume, or a folder: OUT/NAME.nii.gz.",
         ),
     ],
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels",
+            metavar="DIR",
+            help="Folder of label maps of these volumes: slices named by --slices or --empty are kept, and what they "
+            "show is carried to the other slices of their volume.",
+        ),
+    ] = None,
+    slices: options.CompleteSlices = None,
+    empty: options.EmptySlices = None,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", metavar="", help="Also write OUT/NAME_probabilities.nii.gz.")
     ] = False,
@@ -83,28 +94,45 @@ def segment(
     fill_nan: options.FillNan = None,
 ) -> None:
     """Segment a volume, or every volume of a folder, on its own grid."""
+    marks = options.slice_marks(slices, None, empty)
+    if (labels is None) == any(marks.values()):
+        raise UserError(
+            "--labels needs --slices or --empty to say which slices are finished, and they need it"
+        )
     switches = {"probabilities": probabilities, "uncertainty": uncertainty, "flips": flips}
     given = {"largest_component": largest_component, **{name: on or None for name, on in switches.items()}}
     recipe = choose_settings(None, config, assignments, {"segment": given}).recipe
 
+    from kaf_model.cases import read_cases
     from kaf_model.checkpoint import load_model
     from kaf_model.engine import choose_device
     from kaf_model.keypoints import KeypointCache
+    from kaf_model.labels import SliceStatus
     from kaf_model.segment_files import plan_outputs, segment_files, write_class_names
+    from kaf_model.volume import volume_name
 
     planned = plan_outputs(source, output, overwrite=overwrite)
     loaded = load_model(model, device=choose_device(device))
     out = Output()
     started = time.monotonic()
     cache = KeypointCache()
+    reading: dict[str, Any] = {"frame": frame, "slice_axis": slice_axis, "fill_nan": fill_nan}
+    known = {}
+    if labels is not None:
+        images = source if len(planned) > 1 or planned[0].volume != source else source.parent
+        statuses = {SliceStatus(status): named for status, named in marks.items()}
+        for case in out.run(read_cases(images, labels, marks=statuses, **reading)):
+            known[case.volume.name] = case
+        unused = sorted(known.keys() - {volume_name(plan.volume) for plan in planned})
+        if unused:
+            raise UserError(f"slices of {unused[0]} are named, which is not segmented")
     work = segment_files(
         loaded,
         planned,
         recipe.segment,
+        labelled=known,
         cache=cache,
-        frame=frame,
-        slice_axis=slice_axis,
-        fill_nan=fill_nan,
+        **reading,
     )
     done = out.run(work)
     if planned[0].labels != output:

@@ -87,29 +87,9 @@ def finetune(
         list[str] | None,
         typer.Option("--cases", metavar="NAME,NAME", help="Volumes to use; without it all that have labels."),
     ] = None,
-    slices: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--slices",
-            metavar="NAME:3,5,7-9",
-            help="Slices that are labelled completely; unpainted is background. Repeatable. Without any slice "
-            "named, every slice of a case counts as complete; with one, only those named count.",
-        ),
-    ] = None,
-    partial: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--partial",
-            metavar="NAME:4,6",
-            help="Slices that are labelled in part; unpainted is unknown. Repeatable.",
-        ),
-    ] = None,
-    empty: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--empty", metavar="NAME:0,1", help="Slices on which nothing is to be found. Repeatable."
-        ),
-    ] = None,
+    slices: options.CompleteSlices = None,
+    partial: options.PartialSlices = None,
+    empty: options.EmptySlices = None,
     classes: Annotated[
         str | None,
         typer.Option(
@@ -158,17 +138,16 @@ def finetune(
     slice_axis: options.SliceAxis = None,
     fill_nan: options.FillNan = None,
 ) -> None:
-    """Train a segmentation model on a few labelled slices."""
+    """Train a segmentation model on a few labelled slices.
+
+    Without any slice named, every slice of a case counts as complete; with one, only those named count.
+    """
     seconds = options.parse_duration(time_budget) if time_budget is not None else None
     given = {"steps": steps, "time_budget": seconds, "seed": seed, "holdout": holdout}
     chosen = choose_settings(
         preset, config, assignments, {"finetune": given, "model": {"architecture": network}}
     )
-    marks = {
-        "complete": [options.parse_slices(text) for text in slices or ()],
-        "partial": [options.parse_slices(text) for text in partial or ()],
-        "empty": [options.parse_slices(text) for text in empty or ()],
-    }
+    marks = options.slice_marks(slices, partial, empty)
     names = [name for text in cases for name in text.split(",")] if cases is not None else None
     named = options.parse_classes(classes) if classes is not None else None
 

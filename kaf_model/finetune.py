@@ -35,6 +35,7 @@ from kaf_model.labels import ClassMap, LabelledVolume, check_learnable, painted_
 from kaf_model.losses import cross_entropy, soft_dice
 from kaf_model.preparation import LabelledSlice, prepare_labelled, statistics_of
 from kaf_model.progress import Progress
+from kaf_model.propagation import Propagation
 from kaf_model.pseudo_labels import PseudoLabels, UnlabelledVolume, prepare_unlabelled
 from kaf_model.training_files import RunFiles
 from kaf_model.unet import SegmentationNetwork, build_network
@@ -84,6 +85,7 @@ def finetune(
     *,
     start: str | Path | Checkpoint | None = None,
     unlabelled: Collection[Volume | Unreadable | str | Path] | VolumeFiles = (),
+    propagations: Sequence[Propagation] = (),
     class_names: Mapping[int, str] | None = None,
     slices: SliceConfig | None = None,
     keypoints: KeypointConfig | None = None,
@@ -107,6 +109,8 @@ def finetune(
             Its preprocessing is kept.
         unlabelled: Volumes without labels, for `training.pseudo_labels`; those that cannot be read are named
             and passed over. The unlabelled slices of `cases` are used as well.
+        propagations: What was carried before from the finished slices of some of the cases; the others are done
+            here if `training.pseudo_labels` needs them.
         class_names: Names by label value, of all classes there are. None takes those of a finetuned start if
             it knows every painted value, else the painted values.
         slices: Preprocessing; only without a start.
@@ -152,6 +156,7 @@ def finetune(
             slices,
             keypoints,
             training.pseudo_labels,
+            propagations=propagations,
             cache=cache,
         )
     one_piece = values_in_one_piece(cases)

@@ -59,6 +59,12 @@ class Propagation:
     distances: NDArray[np.float16]
     blur: NDArray[np.float32]
 
+    def fits(self, case: LabelledVolume, values: Iterable[int], slices: SliceConfig) -> bool:
+        """Whether it was made of these very labels, for these channels and this grid."""
+        same = self.case.volume is case.volume and self.case.labels is case.labels
+        same = same and dict(self.case.statuses) == dict(case.statuses)
+        return same and self.values == tuple(values) and self.slices == slices
+
     def log_probabilities(self, rows: Sequence[int]) -> Tensor:
         """Logarithms of the class probabilities of some slices, (n, K, H, W) float32."""
         chosen = torch.from_numpy(self.distances[list(rows)].astype(np.float32))  # (n, K, H, W)

@@ -70,6 +70,7 @@ def prepare_unlabelled(
     keypoints: KeypointConfig,
     config: PseudoLabelConfig,
     *,
+    propagations: Sequence[Propagation] = (),
     cache: KeypointCache | None = None,
 ) -> Generator[Progress, None, list[UnlabelledVolume]]:
     """Prepare what is unlabelled: the other slices of labelled volumes, and volumes without labels.
@@ -83,6 +84,7 @@ def prepare_unlabelled(
         slices: Preprocessing.
         keypoints: Detection.
         config: How many.
+        propagations: What was carried before from the finished slices of some of the cases.
         cache: Keypoints found before.
 
     Yields:
@@ -107,9 +109,10 @@ def prepare_unlabelled(
                 where = f"slice {z} of {case.volume.name}"
                 known[row] = classes.channels(values[row], case.statuses[z], where)
         rows = tuple(row for row, z in enumerate(wanted) if _is_free(case, z))
-        carried = (
-            (yield from propagate(case, classes.values.tolist(), slices)) if config.propagation else None
-        )
+        carried = None
+        if config.propagation:
+            made = (found for found in propagations if found.fits(case, classes.values, slices))
+            carried = next(made, None) or (yield from propagate(case, classes.values.tolist(), slices))
         pool.append(UnlabelledVolume(prepared, known, rows, tuple(wanted), carried))
     if volumes:
         others = yield from prepare_volumes(

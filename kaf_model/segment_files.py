@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from kaf_model.config import SegmentConfig
 from kaf_model.errors import UserError, VolumeError
 from kaf_model.evaluate import LABEL_NAMES, MAP_ENDINGS
 from kaf_model.keypoints import KeypointCache
+from kaf_model.labels import LabelledVolume
 from kaf_model.progress import Progress
+from kaf_model.propagation import propagate
 from kaf_model.segment import Segmentation, segment
 from kaf_model.volume import (
     Volume,
@@ -109,6 +111,7 @@ def segment_files(
     planned: Sequence[Planned],
     config: SegmentConfig | None = None,
     *,
+    labelled: Mapping[str, LabelledVolume] | None = None,
     cache: KeypointCache | None = None,
     **reading: Any,
 ) -> Generator[Progress, None, SegmentedFiles]:
@@ -118,6 +121,8 @@ def segment_files(
         model: A trained model.
         planned: Volumes and outputs, as `plan_outputs` pairs them.
         config: What to write and how.
+        labelled: By name, those of the volumes of which some slices are labelled: the finished ones are kept,
+            and what they show is carried to the others (`propagation`).
         cache: Keypoints found before.
         **reading: As for `read_volume`.
 
@@ -137,8 +142,9 @@ def segment_files(
     failed: list[str] = []
     for number, plan in enumerate(planned):
         try:
-            volume = read_volume(plan.volume, **reading)
-            work = segment(model, volume, config, cache=cache)
+            case = (labelled or {}).get(volume_name(plan.volume))
+            volume = case.volume if case else read_volume(plan.volume, **reading)
+            work = _segment(model, volume, config, case, cache)
             result = yield from _counted(work, number, len(planned))
             differences = _write(plan, volume, result)
         except VolumeError as error:
@@ -191,6 +197,20 @@ def _write(plan: Planned, volume: Volume, result: Segmentation) -> list[str]:
             write_maps(path, maps, like=volume)
             differences += same_grid(path, like=volume)
     return differences
+
+
+def _segment(
+    model: Model,
+    volume: Volume,
+    config: SegmentConfig,
+    case: LabelledVolume | None,
+    cache: KeypointCache | None,
+) -> Generator[Progress, None, Segmentation]:
+    carried = None
+    if case is not None:
+        values = [label.value for label in model.classes]
+        carried = yield from propagate(case, values, model.slices)
+    return (yield from segment(model, volume, config, propagation=carried, cache=cache))
 
 
 def _counted(

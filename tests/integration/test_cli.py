@@ -183,6 +183,58 @@ def test_the_main_job_on_files(cohort: Path, models: Path, tmp_path: Path, kaf: 
     np.testing.assert_array_equal(np.asarray(nib.load(single).dataobj), np.asarray(labels.dataobj))
 
 
+def test_propagate_carries_finished_slices_to_the_others(kaf: Kaf, cohort: Path, tmp_path: Path) -> None:
+    finished = ("--slices", "heart_100:1,3", "--empty", "heart_100:0")
+    sparse = tmp_path / "labels"
+    sparse.mkdir()
+    truth = nib.load(cohort / "labels/heart_100.nii.gz")
+    labels = np.asarray(truth.dataobj).copy()
+    labels[..., [0, 2, 4]] = 0
+    nib.save(nib.Nifti1Image(labels, truth.affine, truth.header), sparse / "heart_100.nii.gz")
+    folders = ("--images", cohort / "images", "--labels", sparse)
+    out = tmp_path / "out"
+    run = kaf("propagate", *folders, *finished, "-o", out)
+    assert run.code == 0, run.err
+    assert "same grid as source" in run.out
+    found = np.asarray(nib.load(out / "heart_100.nii.gz").dataobj)
+    assert np.array_equal(found[..., [1, 3]], labels[..., [1, 3]])
+    assert not found[..., 0].any()
+    between = np.asarray(truth.dataobj)[..., 2]
+    right = (found[..., 2] > 0) & (between > 0)
+    assert 2 * right.sum() / ((found[..., 2] > 0).sum() + (between > 0).sum()) > 0.8
+
+    assert_one_error_line(kaf("propagate", *folders, *finished, "-o", out), "heart_100.nii.gz exists")
+    assert kaf("propagate", *folders, *finished, "-o", out, "--overwrite").code == 0
+    drawn = ("-o", sparse, "--overwrite")
+    assert_one_error_line(kaf("propagate", *folders, *finished, *drawn), "heart_100.nii.gz exists")
+    assert_one_error_line(kaf("propagate", *folders, "-o", out), "say which slices are finished")
+    nothing = ("--empty", "heart_100:0", "-o", tmp_path / "other")
+    assert_one_error_line(kaf("propagate", *folders, *nothing), "no class is painted")
+
+
+def test_segment_keeps_finished_slices_and_follows_them(
+    kaf: Kaf, cohort: Path, models: Path, tmp_path: Path
+) -> None:
+    model = ("--model", models / "model.safetensors")
+    labels = ("--labels", cohort / "labels")
+    out = tmp_path / "out"
+    run = kaf("segment", cohort / "images", *model, *labels, "--slices", "heart_100:1,3", "-o", out)
+    assert run.code == 0, run.err
+    truth, found = (np.asarray(nib.load(f / "heart_100.nii.gz").dataobj) for f in (cohort / "labels", out))
+    assert np.array_equal(found[..., [1, 3]], truth[..., [1, 3]])
+    assert (found[..., 2] == truth[..., 2])[truth[..., 2] > 0].mean() > 0.6
+    assert (out / "heart_101.nii.gz").is_file()
+
+    one = cohort / "images/heart_100.nii.gz"
+    file = tmp_path / "one.nii.gz"
+    assert kaf("segment", one, *model, *labels, "--slices", "heart_100:1,3", "-o", file).code == 0
+    assert np.array_equal(np.asarray(nib.load(file).dataobj), found)
+    another = kaf("segment", one, *model, *labels, "--slices", "heart_101:1", "-o", tmp_path / "b.nii.gz")
+    assert_one_error_line(another, "slices of heart_101 are named")
+    alone = kaf("segment", one, *model, *labels, "-o", tmp_path / "c.nii.gz")
+    assert_one_error_line(alone, "--labels needs --slices or --empty")
+
+
 def test_a_training_says_where_the_file_is_and_how_it_went(cohort: Path, tmp_path: Path, kaf: Kaf) -> None:
     target = tmp_path / "new" / "pretrained.safetensors"
     files = sorted((cohort / "unlabelled/images").iterdir())

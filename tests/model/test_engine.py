@@ -52,6 +52,7 @@ from kaf_model.losses import IGNORED
 from kaf_model.phantom import make_heart
 from kaf_model.preparation import LabelledSlice
 from kaf_model.pretrain import pretrain
+from kaf_model.propagation import propagate
 from kaf_model.segment import predict_slices, segment, segment_volume
 from kaf_model.slices import Slices
 from kaf_model.training_files import resume_path
@@ -730,6 +731,27 @@ def test_segmentation_makes_smaller_batches_when_memory_runs_out(model, monkeypa
     monkeypatch.setattr(segment_module, "predict_slices", limited_to(0))
     with pytest.raises(OutOfMemory, match="a single slice does not fit"):
         segment_volume(model, volume)
+
+
+def test_finished_slices_are_kept_and_their_shapes_reach_the_others(model):
+    """Weights near their start know nothing; two finished slices say what the slice between them shows."""
+    volume, truth = heart(7, num_slices=5)
+    labels = np.zeros_like(truth)
+    labels[[1, 3]] = truth[[1, 3]]
+    case = LabelledVolume(volume, labels, {1: SliceStatus.COMPLETE, 3: SliceStatus.COMPLETE})
+    _, carried = run(propagate(case, [label.value for label in model.classes], model.slices))
+    assert carried is not None
+    _, alone = run(segment(model, volume, SegmentConfig(probabilities=True)))
+    _, joined = run(segment(model, volume, SegmentConfig(probabilities=True), propagation=carried))
+    assert np.array_equal(joined.labels[[1, 3]], truth[[1, 3]])
+    right = [(found.labels[2] == truth[2])[truth[2] > 0].mean() for found in (alone, joined)]
+    assert right[1] > max(0.6, right[0])
+    assert np.allclose(joined.probabilities.astype(float).sum(0), 1, atol=5e-3)
+    _, unheard = run(segment(model, volume, SegmentConfig(propagation=0), propagation=carried))
+    assert np.array_equal(unheard.labels[2], alone.labels[2])
+    assert np.array_equal(unheard.labels[1], truth[1])
+    _, some = run(segment(model, volume, slices=[2], propagation=carried))
+    assert not some.labels[[1, 3]].any()
 
 
 def test_cleaning_is_an_option(model):

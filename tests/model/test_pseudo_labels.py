@@ -1,5 +1,6 @@
 """Self-training: what is labelled by the model, and what never is."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from kaf_model.datasets import Shard
 from kaf_model.finetune import _TrainingSlices, _without
 from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
 from kaf_model.losses import IGNORED
+from kaf_model.propagation import propagate
 from kaf_model.pseudo_labels import PseudoLabels, prepare_unlabelled
 from kaf_model.volume import Unreadable, Volume
 
@@ -211,3 +213,41 @@ def test_a_share_of_each_batch_is_pseudo_labelled(share, from_each):
     labels = drawing.batch(1, CPU, Shard()).labels
     assert labels.shape == (4, 32, 48)
     assert tuple(int((labels[:, 0, 0] == value).sum()) for value in (1, 2)) == from_each
+
+
+def test_shapes_of_finished_slices_decide_where_the_model_is_unsure(monkeypatch):
+    """Two finished slices show the same square, and the model has no idea: the slice between shows it as well."""
+    labels = np.zeros((3, 32, 48), np.int16)
+    labels[[0, 2], 8:24, 10:30] = 4
+    flat = Volume.from_array(np.ones((3, 32, 48), np.float32), (6, 2, 2), name="v")
+    case = LabelledVolume(flat, labels, {0: COMPLETE, 2: COMPLETE})
+    config = CONFIG.override(least_slices=50)  # a single free slice would not do without them
+    pool = pool_of([case], config=config)
+    pseudo = renewed(pool, sure_of(1, 0.5, (slice(None), slice(None))), monkeypatch, config=config)
+    assert pseudo.is_due(0.5)
+    (found,) = pseudo.slices
+    assert (found.labels[10:22, 12:28] == 1).all()
+    assert (found.labels[:6] == 0).all()
+    alone = pool_of([case], config=config.override(propagation=0))
+    assert not PseudoLabels(alone, CLASSES, config, one_piece=frozenset(), seed=0).is_due(0.5)
+
+
+def test_what_was_carried_before_is_used_again():
+    labels = np.zeros((3, 32, 48), np.int16)
+    labels[0, 8:24, 10:30] = 4
+    case = LabelledVolume(volume(3), labels, {0: COMPLETE})
+    _, carried = finish(propagate(case, (0, 4, 7), SliceConfig(spacing=None)))
+
+    def used(**changes):
+        made = [replace(carried, **changes)]
+        same = replace(case)  # as a training without held-out slices copies it
+        work = prepare_unlabelled(
+            [same], [], CLASSES, SliceConfig(spacing=None), KeypointConfig(), CONFIG, propagations=made
+        )
+        (found,) = finish(work)[1]
+        return found.propagation is made[0]
+
+    assert used()
+    assert not used(values=(0, 7, 4))
+    assert not used(slices=SliceConfig())
+    assert not used(case=replace(case, statuses={0: COMPLETE, 1: EMPTY}))
