@@ -5,8 +5,9 @@ The engine, and with it torch, is imported inside the functions, so that opening
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from kaf_model.volume import Volume
 from napari_kaf._device import describe_device, memory_in_use, share_processor
 from napari_kaf._interrupt import Interrupted, interruptible
 from napari_kaf._jobs import Control, Report
+from napari_kaf._runs import Run, RunStore
 
 if TYPE_CHECKING:
     from kaf_model.checkpoint import Model
@@ -60,7 +62,8 @@ class FinetuneRequest:
         seconds: Budget.
         hold_out: Whether to measure Dice on held-out slices.
         device: A device name of the engine.
-        output: Checkpoint to write.
+        store: Where the run is kept.
+        run: What is known of it when it begins.
         clicked: `time.monotonic()` of the click.
     """
 
@@ -73,8 +76,14 @@ class FinetuneRequest:
     seconds: float
     hold_out: bool
     device: str
-    output: Path
+    store: RunStore
+    run: Run
     clicked: float
+
+    @property
+    def output(self) -> Path:
+        """Checkpoint to write."""
+        return self.store.model_path(self.run.key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,24 +91,29 @@ class FinetuneOutcome:
     """What a finetuning gave.
 
     Attributes:
-        labels: The segmented volume, or None if it was stopped before anything was learnt.
-        steps: Optimiser steps.
-        seconds: How long it trained.
-        stopped: Whether it was cancelled.
-        held_out_dice: The best Dice on held-out slices, if asked for.
-        device: Where it ran.
+        run: What is known of it now; without steps nothing was learnt and nothing is kept.
+        labels: The segmented volume, or None if it was ended before that.
+        problem: Why it could not be kept, or nothing.
     """
 
+    run: Run
     labels: NDArray[np.integer[Any]] | None
-    steps: int
-    seconds: float
-    stopped: bool
-    held_out_dice: float | None
-    device: str
+    problem: str = ""
 
 
 def finetune_task(request: FinetuneRequest, control: Control) -> Generator[Any, None, FinetuneOutcome]:
-    """Finetune, show previews meanwhile, and segment the volume with the result."""
+    """Finetune, show previews meanwhile, and segment the volume with the result.
+
+    The run is kept here, not where the outcome is delivered, so that it is in the history also when its panel
+    or its window was closed meanwhile.
+    """
+    try:
+        return (yield from _finetuned(request, control))
+    finally:
+        request.store.ended(request.run.key)
+
+
+def _finetuned(request: FinetuneRequest, control: Control) -> Generator[Any, None, FinetuneOutcome]:
     yield Report(Progress("loading the engine", 0, None))
     share_processor()
     from kaf_model.checkpoint import load_model
@@ -140,13 +154,35 @@ def finetune_task(request: FinetuneRequest, control: Control) -> Generator[Any, 
     finally:
         work.close()  # writes the model
         _resume_file(request.output).unlink(missing_ok=True)
-    seconds, labels = time.monotonic() - began, None
+        run = replace(
+            request.run,
+            steps=steps,
+            seconds=time.monotonic() - began,
+            stopped=control.cancelled,
+            held_out_dice=best,
+            device=describe_device(device),
+        )
+        problem = _keep(request.store, run)
+    labels = None
     if steps:
         model = load_model(request.output, device=device)
         labels = yield from _result(model, request, control, cache, previews.last_volume)
         del model
+        problem = _keep(request.store, run, labels)
     release_memory()
-    return FinetuneOutcome(labels, steps, seconds, control.cancelled, best, describe_device(device))
+    return FinetuneOutcome(run, labels, problem)
+
+
+def _keep(store: RunStore, run: Run, labels: NDArray[np.integer[Any]] | None = None) -> str:
+    """Keep a run that learnt something and no other; returns why it could not be kept."""
+    if not run.steps:
+        store.delete(run)
+        return ""
+    try:
+        store.add(run, labels)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _training(request: FinetuneRequest) -> FinetuneConfig:
@@ -178,18 +214,15 @@ def _result(
     last_seen: NDArray[np.integer[Any]] | None,
 ) -> Generator[Report, None, NDArray[np.integer[Any]] | None]:
     """Segment the volume with the trained model; in a hurry, what was last seen of it has to do."""
-
-    def report(step: int) -> Report:
-        progress = Progress("segmenting the volume", step, request.volume.num_slices)
-        return Report(progress, describe_device(model.device), memory_in_use(model.device))
-
-    yield report(0)
+    progress = Progress("segmenting the volume", 0, request.volume.num_slices)
+    report = Report(progress, describe_device(model.device), memory_in_use(model.device))
+    yield report
     try:
         with interruptible(lambda: control.in_a_hurry):
             for part in _segmented(model, request.volume, cache):
                 if not isinstance(part, Progress):
                     return part
-                yield report(part.step)
+                yield replace(report, progress=replace(part, stage=report.progress.stage))
     except Interrupted:
         pass
     return last_seen
@@ -209,13 +242,27 @@ class _Previews:
         self._next_volume = clicked + FIRST_VOLUME_PREVIEW
 
     def due(self, progress: Progress) -> Iterator[Report | SlicePreview | VolumePreview]:
-        """Yield the previews that are due after a step."""
+        """Yield the previews that are due after a step; a training that leaves no memory for them goes on."""
+        from kaf_model.engine import OutOfMemory, is_out_of_memory, release_memory
+
         now = time.monotonic()
-        whole = now >= self._next_volume
-        if progress.preview is None or not (whole or now >= self._next_slice):
+        if progress.preview is None or now < min(self._next_slice, self._next_volume):
             return
-        model = progress.preview()
-        if whole:
+        try:
+            yield from self._look(progress.preview, now)
+        except (RuntimeError, OutOfMemory) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            self._next_slice = self._next_volume = math.inf
+            release_memory()
+            told = "memory ran out: no more previews; the training goes on"
+            yield Report(replace(progress, losses={}, preview=None, message=told))
+
+    def _look(
+        self, copy_model: Callable[[], Model], now: float
+    ) -> Iterator[Report | SlicePreview | VolumePreview]:
+        model = copy_model()
+        if now >= self._next_volume:
             for part in _segmented(model, self._volume, self._cache):
                 if isinstance(part, Progress):
                     yield Report(replace(part, stage="looking at the whole volume"))

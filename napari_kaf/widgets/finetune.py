@@ -12,6 +12,7 @@ from qtpy.QtWidgets import QMessageBox, QPushButton, QWidget
 from napari_kaf._compass import attach_compass
 from napari_kaf._keys import KEYS, key_list
 from napari_kaf._ledger import Cell
+from napari_kaf._marking import step_labelled
 from napari_kaf.widgets._history_section import HistorySection
 from napari_kaf.widgets._labels_section import LabelsSection
 from napari_kaf.widgets._ledger_section import LedgerSection
@@ -45,7 +46,7 @@ class FinetuneWidget(Panel):
         self.ledger = LedgerSection(self.life)
         self.training = TrainingSection(self.life)
         self.result = ResultSection(self.life)
-        self.history = HistorySection(self.life)
+        self.history = HistorySection(self.life, self.training.row)
         sections: tuple[QWidget, ...] = (
             self.volume,
             self.labels,
@@ -80,8 +81,8 @@ class FinetuneWidget(Panel):
             "empty": lambda: self.ledger.mark(Cell.EMPTY),
             "untouched": lambda: self.ledger.mark(Cell.UNTOUCHED),
             "partial": lambda: self.ledger.mark(Cell.PARTIAL),
-            "next": lambda: self.session.step_labelled(1),
-            "previous": lambda: self.session.step_labelled(-1),
+            "next": lambda: step_labelled(self.session, 1),
+            "previous": lambda: step_labelled(self.session, -1),
             "finetune": self.training.row.toggle,
             "accept": self.result.accept_slice,
             "accept_all": self.result.accept_all,
