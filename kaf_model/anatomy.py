@@ -10,8 +10,12 @@ from scipy import ndimage
 
 from kaf_model.labels import LabelledVolume, SliceStatus
 
-LEAST_SLICES = 3
-"""Slices that must show a structure before anything is concluded about its shape."""
+LEAST_SLICES = 2
+"""Slices that must show a structure before anything is concluded about its shape.
+
+With three labelled slices a structure that ends before one of them is on two. Two that agree are enough for
+structures that are one; one of two pieces is taken for one if both slices happen to miss the other piece.
+"""
 
 ONE_PIECE = 0.95
 """Part of a structure's pixels on a slice that its largest piece holds on average if it is in one piece."""

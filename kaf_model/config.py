@@ -358,7 +358,7 @@ class PseudoLabelConfig(Settings):
         "aside: of a few slices the model learns its own mistakes.",
     )
     propagation: float = Field(
-        1.0,
+        2.0,
         ge=0,
         description="Weight of what finished slices say of the other slices of their volume; 0 leaves it to the model.",
     )
@@ -412,7 +412,7 @@ class SegmentConfig(Settings):
         "were labelled, of all classes, or of none.",
     )
     propagation: float = Field(
-        1.0,
+        2.0,
         ge=0,
         description="Weight of what finished slices of the same volume say of the others, against the network; 0 "
         "leaves it to the network.",

@@ -114,7 +114,8 @@ def generator_for(*numbers: int) -> torch.Generator:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "backend out of memory")  # torch's, on the CPU and on Apple's GPU
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def make_optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -302,8 +303,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.micro_batches >= self.config.batch_size:
             raise OutOfMemory(
-                "a single slice does not fit the memory of the device; use smaller crops, a smaller preset, "
-                "or --device cpu"
+                "a single slice does not fit the memory of the device; use the device cpu, a smaller preset, "
+                "or smaller crops"
             ) from error
         self.micro_batches = min(2 * self.micro_batches, self.config.batch_size)
         release_memory()

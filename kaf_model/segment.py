@@ -123,7 +123,7 @@ def segment(
     probabilities = store.empty((len(values), *volume.shape)) if config.probabilities else None
     uncertainty = store.empty(volume.shape) if config.uncertainty else None
     done = 0
-    for rows, maps in _predictions(model, stack, wanted, config, propagation, cache):
+    for rows, maps, message in _predictions(model, stack, wanted, config, propagation, cache):
         channels = maps.argmax(1).cpu().numpy()
         labels[rows] = values.astype(labels.dtype)[channels]
         if probabilities is not None:
@@ -132,7 +132,7 @@ def segment(
             entropy = torch.special.entr(maps).sum(1) / np.log(len(values))
             uncertainty[rows] = entropy.clamp(0, 1).half().cpu().numpy()
         done += len(rows)
-        yield Progress("segmenting", done, len(wanted))
+        yield Progress("segmenting", done, len(wanted), message=message)
     if slices is None and config.largest_component != "none":
         learned = [label.value for label in model.classes if label.one_piece]
         keep_largest_components(labels, learned if config.largest_component == "learned" else None)
@@ -149,12 +149,12 @@ def _predictions(
     config: SegmentConfig,
     propagation: Propagation | None,
     cache: KeypointCache | None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Probabilities (n, K, Y, X) on the source grid, batch after batch."""
+) -> Iterator[tuple[list[int], Tensor, str]]:
+    """Slices, their probabilities (n, K, Y, X) on the source grid, and what is to be told, batch after batch."""
     detector = make_detector(model.keypoints)
     reads_keypoints = model.config.reads_keypoints
     network = InferenceNetwork(model.network)
-    batch_size, start = config.batch_size, 0
+    batch_size, start, message = config.batch_size, 0, ""
     while start < len(wanted):
         rows = list(wanted[start : start + batch_size])
         images = stack.images(rows)
@@ -170,13 +170,14 @@ def _predictions(
                 raise
             if batch_size == 1:
                 raise OutOfMemory(
-                    "a single slice does not fit the memory of the device; use --device cpu"
+                    "a single slice does not fit the memory of the device; use the device cpu"
                 ) from error
             batch_size //= 2
+            message = f"memory ran out: slices are now segmented {batch_size} at a time"
             release_memory()
             continue
-        yield rows, maps
-        start += len(rows)
+        yield rows, maps, message
+        start, message = start + len(rows), ""
 
 
 def segment_volume(model: Model, volume: Volume, config: SegmentConfig | None = None) -> NDArray[np.integer]:

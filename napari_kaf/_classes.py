@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kaf_model.errors import UserError
+
+if TYPE_CHECKING:
+    from napari_kaf._session import Session
 
 # Okabe and Ito's colours, told apart by colour-blind people, then lighter and darker ones.
 _COLORS = (
@@ -51,3 +57,23 @@ def free_value(entries: Iterable[ClassEntry]) -> int:
     """The smallest value that no class has."""
     taken = {entry.value for entry in entries}
     return next(value for value in range(1, len(taken) + 2) if value not in taken)
+
+
+def add_class(session: Session, name: str = "") -> ClassEntry:
+    """Add a class to what is painted, and take its brush."""
+    value = free_value(session.classes)
+    entry = ClassEntry(value, name or f"class {value}", default_color(value))
+    session.set_classes([*session.classes, entry])
+    session.pick_class(value)
+    return entry
+
+
+def remove_class(session: Session, value: int) -> None:
+    """Remove a class that is not painted.
+
+    Raises:
+        UserError: If it is painted: removing strokes is left to the eraser.
+    """
+    if session.labels is not None and (count := int((session.labels.data == value).sum())):
+        raise UserError(f"{count} pixels are painted with this class; erase or repaint them first")
+    session.set_classes([entry for entry in session.classes if entry.value != value])

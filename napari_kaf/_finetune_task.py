@@ -5,8 +5,9 @@ The engine, and with it torch, is imported inside the functions, so that opening
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,13 @@ from kaf_model.volume import Volume
 from napari_kaf._device import describe_device, memory_in_use, share_processor
 from napari_kaf._interrupt import Interrupted, interruptible
 from napari_kaf._jobs import Control, Report
+from napari_kaf._propagate_task import carried_labels
+from napari_kaf._runs import Run, RunStore
 
 if TYPE_CHECKING:
     from kaf_model.checkpoint import Model
     from kaf_model.config import FinetuneConfig
+    from kaf_model.propagation import Propagation
 
 FIRST_VOLUME_PREVIEW = 20.0  # seconds from the click, at the latest, to look at the whole volume
 _PREVIEW_SHARE = 0.2  # at most this part of the time goes into previews
@@ -60,7 +64,8 @@ class FinetuneRequest:
         seconds: Budget.
         hold_out: Whether to measure Dice on held-out slices.
         device: A device name of the engine.
-        output: Checkpoint to write.
+        store: Where the run is kept.
+        run: What is known of it when it begins.
         clicked: `time.monotonic()` of the click.
     """
 
@@ -73,8 +78,14 @@ class FinetuneRequest:
     seconds: float
     hold_out: bool
     device: str
-    output: Path
+    store: RunStore
+    run: Run
     clicked: float
+
+    @property
+    def output(self) -> Path:
+        """Checkpoint to write."""
+        return self.store.model_path(self.run.key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,24 +93,29 @@ class FinetuneOutcome:
     """What a finetuning gave.
 
     Attributes:
-        labels: The segmented volume, or None if it was stopped before anything was learnt.
-        steps: Optimiser steps.
-        seconds: How long it trained.
-        stopped: Whether it was cancelled.
-        held_out_dice: The best Dice on held-out slices, if asked for.
-        device: Where it ran.
+        run: What is known of it now; without steps nothing was learnt and nothing is kept.
+        labels: The segmented volume; if it was ended before that, what the finished slices say, or None.
+        problem: Why it could not be kept, or nothing.
     """
 
+    run: Run
     labels: NDArray[np.integer[Any]] | None
-    steps: int
-    seconds: float
-    stopped: bool
-    held_out_dice: float | None
-    device: str
+    problem: str = ""
 
 
 def finetune_task(request: FinetuneRequest, control: Control) -> Generator[Any, None, FinetuneOutcome]:
-    """Finetune, show previews meanwhile, and segment the volume with the result."""
+    """Finetune, show previews meanwhile, and segment the volume with the result.
+
+    The run is kept here, not where the outcome is delivered, so that it is in the history also when its panel
+    or its window was closed meanwhile.
+    """
+    try:
+        return (yield from _finetuned(request, control))
+    finally:
+        request.store.ended(request.run.key)
+
+
+def _finetuned(request: FinetuneRequest, control: Control) -> Generator[Any, None, FinetuneOutcome]:
     yield Report(Progress("loading the engine", 0, None))
     share_processor()
     from kaf_model.checkpoint import load_model
@@ -110,16 +126,22 @@ def finetune_task(request: FinetuneRequest, control: Control) -> Generator[Any, 
 
     device, cache = choose_device(request.device), KeypointCache()
     statuses = {z: SliceStatus(status) for z, status in request.statuses.items()}
+    case, origin = LabelledVolume(request.volume, request.labels, statuses), _origin(request)
+    slices = origin["slices"] if origin["config"] else origin["start"].slices
+    carried = yield from carried_labels(case, request.class_names, slices, control)
     work = finetune(
-        cases=[LabelledVolume(request.volume, request.labels, statuses)],
+        cases=[case],
+        propagations=[carried] if carried else [],
         training=_training(request),
         class_names=request.class_names,
         output=request.output,
         device=request.device,
         cache=cache,
-        **_origin(request),
+        **origin,
     )
-    previews = _Previews(request.volume, request.clicked, control, cache)
+    previews = _Previews(request.volume, request.clicked, control, cache, carried)
+    if previews.carried is not None:
+        yield VolumePreview(previews.carried)
     steps, best, began = 0, None, time.monotonic()
     try:
         with interruptible(lambda: control.cancelled):
@@ -140,13 +162,35 @@ def finetune_task(request: FinetuneRequest, control: Control) -> Generator[Any, 
     finally:
         work.close()  # writes the model
         _resume_file(request.output).unlink(missing_ok=True)
-    seconds, labels = time.monotonic() - began, None
+        run = replace(
+            request.run,
+            steps=steps,
+            seconds=time.monotonic() - began,
+            stopped=control.cancelled,
+            held_out_dice=best,
+            device=describe_device(device),
+        )
+        problem = _keep(request.store, run)
+    labels = None
     if steps:
         model = load_model(request.output, device=device)
-        labels = yield from _result(model, request, control, cache, previews.last_volume)
+        labels = yield from _result(model, control, previews)
         del model
+        problem = _keep(request.store, run, labels)
     release_memory()
-    return FinetuneOutcome(labels, steps, seconds, control.cancelled, best, describe_device(device))
+    return FinetuneOutcome(run, previews.carried if labels is None else labels, problem)
+
+
+def _keep(store: RunStore, run: Run, labels: NDArray[np.integer[Any]] | None = None) -> str:
+    """Keep a run that learnt something and no other; returns why it could not be kept."""
+    if not run.steps:
+        store.delete(run)
+        return ""
+    try:
+        store.add(run, labels)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _training(request: FinetuneRequest) -> FinetuneConfig:
@@ -164,59 +208,76 @@ def _training(request: FinetuneRequest) -> FinetuneConfig:
 
 def _origin(request: FinetuneRequest) -> dict[str, Any]:
     """What the network starts from: a checkpoint, or the preset's architecture and preprocessing."""
+    from kaf_model.checkpoint import load_checkpoint
+
     if request.start is not None:
-        return {"config": None, "start": request.start}
+        return {"config": None, "start": load_checkpoint(request.start)}
     recipe = Recipe.preset(request.preset)  # type: ignore[arg-type]
     return {"config": recipe.model, "slices": recipe.slices, "keypoints": recipe.keypoints}
 
 
 def _result(
-    model: Model,
-    request: FinetuneRequest,
-    control: Control,
-    cache: Any,
-    last_seen: NDArray[np.integer[Any]] | None,
+    model: Model, control: Control, previews: _Previews
 ) -> Generator[Report, None, NDArray[np.integer[Any]] | None]:
     """Segment the volume with the trained model; in a hurry, what was last seen of it has to do."""
-
-    def report(step: int) -> Report:
-        progress = Progress("segmenting the volume", step, request.volume.num_slices)
-        return Report(progress, describe_device(model.device), memory_in_use(model.device))
-
-    yield report(0)
+    progress = Progress("segmenting the volume", 0, previews.volume.num_slices)
+    report = Report(progress, describe_device(model.device), memory_in_use(model.device))
+    yield report
     try:
         with interruptible(lambda: control.in_a_hurry):
-            for part in _segmented(model, request.volume, cache):
+            for part in previews.segmented(model):
                 if not isinstance(part, Progress):
                     return part
-                yield report(part.step)
+                yield replace(report, progress=replace(part, stage=report.progress.stage))
     except Interrupted:
         pass
-    return last_seen
+    return previews.last_volume
 
 
 class _Previews:
     """Decides when a preview is worth its time, and makes it.
 
+    The first one is there before any training: what was carried from the finished slices to the others.
+
     Attributes:
-        last_volume: Labels of the last preview of the whole volume.
+        volume: The volume.
+        carried: Labels by the finished slices alone.
+        last_volume: Labels of the last preview of the whole volume by a model.
     """
 
-    def __init__(self, volume: Volume, clicked: float, control: Control, cache: Any) -> None:
+    def __init__(
+        self, volume: Volume, clicked: float, control: Control, cache: Any, carried: Propagation | None
+    ) -> None:
+        self.volume = volume
+        self.carried = carried.labels() if carried else None
         self.last_volume: NDArray[np.integer[Any]] | None = None
-        self._volume, self._control, self._cache = volume, control, cache
+        self._control, self._cache, self._propagation = control, cache, carried
         self._next_slice = 0.0
         self._next_volume = clicked + FIRST_VOLUME_PREVIEW
 
     def due(self, progress: Progress) -> Iterator[Report | SlicePreview | VolumePreview]:
-        """Yield the previews that are due after a step."""
+        """Yield the previews that are due after a step; a training that leaves no memory for them goes on."""
+        from kaf_model.engine import OutOfMemory, is_out_of_memory, release_memory
+
         now = time.monotonic()
-        whole = now >= self._next_volume
-        if progress.preview is None or not (whole or now >= self._next_slice):
+        if progress.preview is None or now < min(self._next_slice, self._next_volume):
             return
-        model = progress.preview()
-        if whole:
-            for part in _segmented(model, self._volume, self._cache):
+        try:
+            yield from self._look(progress.preview, now)
+        except (RuntimeError, OutOfMemory) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            self._next_slice = self._next_volume = math.inf
+            release_memory()
+            told = "memory ran out: no more previews; the training goes on"
+            yield Report(replace(progress, losses={}, preview=None, message=told))
+
+    def _look(
+        self, copy_model: Callable[[], Model], now: float
+    ) -> Iterator[Report | SlicePreview | VolumePreview]:
+        model = copy_model()
+        if now >= self._next_volume:
+            for part in self.segmented(model):
                 if isinstance(part, Progress):
                     yield Report(replace(part, stage="looking at the whole volume"))
                 else:
@@ -226,36 +287,22 @@ class _Previews:
             self._next_volume = now + max(_VOLUME_PREVIEW_EVERY, spent / _PREVIEW_SHARE)
         else:
             z = self._control.slice
-            *_, labels = _segmented(model, self._volume, self._cache, slices=[z])
+            *_, labels = self.segmented(model, slices=[z])
             assert not isinstance(labels, Progress)
             yield SlicePreview(z, labels[z])
         self._next_slice = now + max(1.0, (time.monotonic() - now) / _PREVIEW_SHARE)
 
+    def segmented(
+        self, model: Model, slices: Sequence[int] | None = None
+    ) -> Iterator[Progress | NDArray[np.integer[Any]]]:
+        """Yield the progress of segmenting, and last the labels."""
+        from kaf_model.segment import segment
 
-def _segmented(
-    model: Model, volume: Volume, cache: Any, slices: Sequence[int] | None = None
-) -> Iterator[Progress | NDArray[np.integer[Any]]]:
-    """Yield the progress of segmenting, and last the labels."""
-    from kaf_model.segment import segment
-
-    segmentation = yield from segment(model, volume, slices=slices, cache=cache)
-    yield segmentation.labels
+        work = segment(model, self.volume, slices=slices, propagation=self._propagation, cache=self._cache)
+        yield (yield from work).labels
 
 
 def _resume_file(output: Path) -> Path:
     from kaf_model.training_files import resume_path
 
     return resume_path(output)
-
-
-def check_request(statuses: Mapping[int, str]) -> None:
-    """Say at once what would fail later: nothing to learn from.
-
-    Raises:
-        UserError: If no slice is marked.
-    """
-    if not statuses:
-        raise UserError(
-            "no slice is marked yet: paint a structure on a slice, then mark the slice complete; "
-            "three slices spread over the volume are a good beginning"
-        )

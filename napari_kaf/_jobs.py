@@ -42,9 +42,9 @@ class Control:
         self._running = threading.Event()
         self._running.set()
 
-    def cancel(self) -> None:
-        """Ask the task to end."""
-        self.in_a_hurry = self.cancelled
+    def cancel(self, *, in_a_hurry: bool = False) -> None:
+        """Ask the task to end; a second time, or in a hurry, without what is left to do for the result."""
+        self.in_a_hurry = in_a_hurry or self.cancelled
         self._cancelled.set()
         self._running.set()
 
@@ -155,7 +155,7 @@ class Job:
     def abandon(self) -> None:
         """End the task without hearing from it again: its widget or window closes."""
         self._listening = False
-        self.control.cancel()
+        self.control.cancel(in_a_hurry=True)
         self._close_bar()
 
     def _give_up(self) -> None:

@@ -9,6 +9,7 @@ KEYS = {
     "partial": ("Shift-P", "Mark the slice partial"),
     "next": ("Shift-N", "Go to the next labelled slice"),
     "previous": ("Shift-B", "Go to the previous labelled slice"),
+    "propagate": ("Shift-G", "Propagate finished slices to the others"),
     "finetune": ("Shift-F", "Start finetuning, or cancel it"),
     "accept": ("Shift-A", "Accept the result on this slice"),
     "accept_all": ("Shift-Alt-A", "Accept the result on all slices"),

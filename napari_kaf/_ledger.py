@@ -25,7 +25,8 @@ MEANING = {
     Cell.COMPLETE: "everything is painted; unpainted pixels count as background",
     Cell.EMPTY: "looked at and nothing is there; all of it counts as background",
     Cell.PREDICTED: "untouched, and the shown result has something to accept or reject; used like untouched",
-    Cell.ACCEPTED: "a result you took into your labels; counts as labelled only once you mark it complete",
+    Cell.ACCEPTED: "a result you took into your labels; not trained on until you mark it complete, or correct it "
+    "by hand, which makes it complete",
 }
 _TRAINED_ON = (Cell.PARTIAL, Cell.COMPLETE, Cell.EMPTY)
 
@@ -73,11 +74,14 @@ class Ledger:
     def note_paint(self, z: int, has_paint: bool) -> None:
         """Take in that the paint on a slice changed.
 
-        A complete slice stays complete; any other is partial while something is painted, else untouched.
+        A complete slice stays complete, and an accepted result that is corrected becomes it: who mends a slice
+        has looked at all of it. Any other is partial while something is painted, else untouched.
         """
-        if self._states[z] is not Cell.COMPLETE:
-            self._states[z] = Cell.PARTIAL if has_paint else Cell.UNTOUCHED
-            self.changed.emit()
+        if self._states[z] is Cell.COMPLETE:
+            return
+        painted = Cell.COMPLETE if self._states[z] is Cell.ACCEPTED else Cell.PARTIAL
+        self._states[z] = painted if has_paint else Cell.UNTOUCHED
+        self.changed.emit()
 
     def set_predicted(self, slices: Iterable[int]) -> None:
         """Tell which slices the shown result says something of."""

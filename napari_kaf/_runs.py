@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 from numpy.typing import NDArray
 
 from kaf_model.errors import UserError
 from napari_kaf._paths import data_folder
+
+_HEADER = "napari-kaf"
+_being_trained: set[Path] = set()  # checkpoints of trainings of this process that have not ended
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ def next_name(runs: Sequence[Run]) -> str:
 
 
 class RunStore:
-    """The runs on one volume.
+    """The runs on one volume: of each a checkpoint, what is known of it, and, once it was made, its result.
+
+    A training that was killed leaves its checkpoint alone; it is a run as well, known by the checkpoint's header.
 
     Args:
         key: Tells the volume from others.
@@ -81,9 +87,15 @@ class RunStore:
     def __init__(self, key: str) -> None:
         self.folder = data_folder() / "runs" / key
 
-    def new_key(self) -> str:
-        """A name for the files of a run that begins now."""
-        return datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    def begin(self) -> str:
+        """A name for the files of a run that begins now; it is not listed before `ended`."""
+        key = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        _being_trained.add(self.model_path(key))
+        return key
+
+    def ended(self, key: str) -> None:
+        """List a run from now on if it has a checkpoint."""
+        _being_trained.discard(self.model_path(key))
 
     def model_path(self, key: str) -> Path:
         """Checkpoint of a run."""
@@ -91,27 +103,20 @@ class RunStore:
 
     def runs(self) -> list[Run]:
         """All runs, oldest first; those whose files are damaged or gone are passed over."""
-        found = []
-        for path in sorted(self.folder.glob("*.json")):
-            try:
-                values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-                values["labelled"] = {int(z): str(status) for z, status in values["labelled"].items()}
-                run = Run(**values)
-            except (OSError, ValueError, TypeError, KeyError, AttributeError):
-                continue
-            if self.model_path(run.key).is_file() and self._labels_path(run.key).is_file():
-                found.append(run)
-        return found
+        models = [path for path in sorted(self.folder.glob("*.safetensors")) if ".resume." not in path.name]
+        found = [_read_run(path) for path in models if path not in _being_trained]
+        return [run for run in found if run is not None]
 
-    def add(self, run: Run, labels: NDArray[Any]) -> None:
-        """Keep a run whose checkpoint has been written.
+    def add(self, run: Run, labels: NDArray[Any] | None) -> None:
+        """Keep a run whose checkpoint has been written, and its result if there is one.
 
         Raises:
             UserError: If it cannot be written.
         """
         try:
-            with open(self._labels_path(run.key), "wb") as file:
-                np.savez_compressed(file, labels=labels)
+            if labels is not None:
+                with open(self._labels_path(run.key), "wb") as file:
+                    np.savez_compressed(file, labels=labels)
             self._write(run)
         except OSError as error:
             raise UserError(f"the run cannot be kept in {self.folder}: {error.strerror}") from error
@@ -120,14 +125,20 @@ class RunStore:
         """The result (Z, Y, X) of a run.
 
         Raises:
-            UserError: If its file is gone or damaged.
+            UserError: If there is none, or its file is damaged.
         """
+        if not self.has_result(run):
+            raise UserError(f"{run.name} ended before its result was made; Show makes it")
         try:
             with np.load(self._labels_path(run.key), allow_pickle=False) as content:
                 labels: NDArray[Any] = content["labels"]
                 return labels
         except Exception as error:  # a broken archive raises nearly anything
             raise UserError(f"the result of {run.name} cannot be read: {error}") from error
+
+    def has_result(self, run: Run) -> bool:
+        """Whether the volume was segmented by a run's model."""
+        return self._labels_path(run.key).is_file()
 
     def rename(self, run: Run, name: str) -> Run:
         """Give a run another name."""
@@ -159,3 +170,35 @@ class RunStore:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(asdict(run)), encoding="utf-8")
         os.replace(temporary, path)
+
+
+def _read_run(model: Path) -> Run | None:
+    """What is known of the run of a checkpoint."""
+    path = model.with_suffix(".json")
+    try:
+        if not path.is_file():
+            return _interrupted(model)
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values["labelled"] = {int(z): str(status) for z, status in values["labelled"].items()}
+        return Run(**values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, safetensors.SafetensorError):
+        return None
+
+
+def _interrupted(model: Path) -> Run:
+    """A run whose program ended before it could say anything of it."""
+    with safetensors.safe_open(model, framework="np") as file:
+        record: dict[str, Any] = json.loads(file.metadata()[_HEADER])["history"][-1]
+    slices = (name.rsplit(":", 2)[1:] for name in record["labelled_slices"])
+    return Run(
+        key=model.stem,
+        name="interrupted run",
+        when=record["date"],
+        labelled={int(z): status for z, status in slices},
+        steps=record["steps"],
+        seconds=record["seconds"],
+        stopped=True,
+        held_out_dice=record["held_out_dice"],
+        start="what its model tells",
+        device=record["device"],
+    )

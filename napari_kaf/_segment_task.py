@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,7 @@ def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, No
                     progress = next(work)
                 stage = f"segmenting {item.name} ({number} of {total})"
                 yield Report(
-                    Progress(stage, progress.step, progress.total),
+                    replace(progress, stage=stage),
                     describe_device(device),
                     memory_in_use(device),
                 )

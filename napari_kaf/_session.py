@@ -7,23 +7,22 @@ a timer of theirs, and turns what happened in the layers into states of the ledg
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from psygnal import Signal
 
 from kaf_model.errors import UserError
 from napari_kaf import _layers
-from napari_kaf._autosave import Autosave
-from napari_kaf._classes import ClassEntry, default_color, entries_of, free_value
-from napari_kaf._ledger import Cell, Ledger
+from napari_kaf._classes import ClassEntry, default_color, entries_of
+from napari_kaf._layer_watch import LayerWatch
+from napari_kaf._ledger import Ledger
 from napari_kaf._paint import PaintWatch
 from napari_kaf._recut import recut
 from napari_kaf._results import Results
-from napari_kaf._runs import Run, RunStore
-from napari_kaf._sidecar import Sidecar, Snapshot
+from napari_kaf._runs import RunStore
+from napari_kaf._saved_work import SavedWork
 
 if TYPE_CHECKING:
     from napari.components import ViewerModel
@@ -40,7 +39,7 @@ class Session:
         ledger: What was said of each slice.
         paint: Watches the labels layer.
         results: Finetunings on this volume, and the result that is shown.
-        offer: Saved work on this volume that can be restored.
+        saved: Its file beside the volume, and what can be restored from it.
         busy: What is running, in words, or nothing.
     """
 
@@ -63,14 +62,11 @@ class Session:
         self.ledger = Ledger(0)
         self.paint: PaintWatch | None = None
         self.results = Results(self)
-        self.offer: Snapshot | None = None
+        self.saved = SavedWork(self)
         self.busy = ""
-        self._spacings: dict[str, tuple[float, ...]] = {}
-        self._autosave = Autosave()
         self._ledgers: weakref.WeakKeyDictionary[Labels, tuple[Ledger, list[ClassEntry]]]
         self._ledgers = weakref.WeakKeyDictionary()
-        self._seen: list[tuple[int, str, tuple[int, ...]]] = []
-        self._seen_brush = 0
+        self._watch = LayerWatch(self)
 
     @property
     def viewer(self) -> ViewerModel:
@@ -97,8 +93,8 @@ class Session:
             return
         self.flush()
         self._leave_labels()
-        self.opened, self.offer = None, None
-        self._autosave.follow(None)
+        self.opened = None
+        self.saved.follow(None)
         self.results.follow(None)
         try:
             if layer is not None:
@@ -112,7 +108,7 @@ class Session:
                 known = [layer for layer in present if layer in self._ledgers]
                 self.choose_labels(next(iter(known or present), None))
                 if known:  # what was saved is what is shown
-                    self.offer = None
+                    self.saved.offer = None
                     self.offer_changed.emit()
             else:
                 self.choose_labels(None)
@@ -122,7 +118,7 @@ class Session:
         assert self.opened is not None
         layer = self.opened.layer
         self.opened = _layers.open_volume(layer, spacing)
-        self._spacings[self._volume_key()] = tuple(spacing)
+        self.saved.remember_spacing(spacing)
         self._changed()
         self.volume_changed.emit()
 
@@ -149,8 +145,8 @@ class Session:
         self._ledgers[layer] = (ledger, classes)
         if chosen:
             self.choose_labels(layer)
-            self._autosave.owned_by(layer)
-            self.offer = None
+            self.saved.autosave.owned_by(layer)
+            self.saved.offer = None
 
     def choose_labels(self, layer: Labels | None) -> None:
         """Draw on another layer, or on none; its paint stays untrained on until it is marked."""
@@ -182,32 +178,6 @@ class Session:
         classes = self.classes or [ClassEntry(1, "structure", default_color(1))]
         self.choose_labels(_layers.add_labels(self.viewer, self.opened, classes))
 
-    def restore(self) -> None:
-        """Bring saved labels, ledger and class names back, in a layer of their own."""
-        assert self.offer is not None
-        assert self.opened is not None
-        offer = self.offer
-        if offer.slice_axis is not None and offer.slice_axis != self.opened.volume.source.axes[0]:
-            self.recut(offer.slice_axis)
-        self.offer = None
-        self.choose_labels(_layers.add_labels(self.viewer, self.opened, offer.classes, offer.labels.copy()))
-        self.classes = list(offer.classes)
-        self._set_ledger(Ledger(len(offer.states), offer.states))
-        self._remember_ledger()
-        self.show_predicted()
-        assert self.labels is not None
-        self._autosave.owned_by(self.labels)
-        self.classes_changed.emit()
-        self.ledger_changed.emit()
-        self.offer_changed.emit()
-
-    def decline_offer(self) -> None:
-        """Start afresh; the saved work is renamed, not deleted."""
-        assert self._autosave.sidecar is not None
-        self.offer = None
-        self._autosave.sidecar.set_aside()
-        self.offer_changed.emit()
-
     # --- classes -----------------------------------------------------------------------------------------
 
     def set_classes(self, classes: Sequence[ClassEntry]) -> None:
@@ -218,24 +188,6 @@ class Session:
             _layers.set_classes(self.labels, self.classes)
         self._changed()
         self.classes_changed.emit()
-
-    def add_class(self, name: str = "") -> ClassEntry:
-        """Add a class and take its brush."""
-        value = free_value(self.classes)
-        entry = ClassEntry(value, name or f"class {value}", default_color(value))
-        self.set_classes([*self.classes, entry])
-        self.pick_class(value)
-        return entry
-
-    def remove_class(self, value: int) -> None:
-        """Remove a class that is not painted.
-
-        Raises:
-            UserError: If it is painted: removing strokes is left to the eraser.
-        """
-        if self.labels is not None and (count := int((_layers.stack(self.labels) == value).sum())):
-            raise UserError(f"{count} pixels are painted with this class; erase or repaint them first")
-        self.set_classes([entry for entry in self.classes if entry.value != value])
 
     def pick_class(self, value: int) -> None:
         """Paint with a class from now on."""
@@ -254,77 +206,27 @@ class Session:
         if self.opened is not None:
             _layers.go_to(self.viewer, self.opened.layer, z)
 
-    def step_labelled(self, step: int) -> None:
-        """Show the next labelled slice in a direction."""
-        z = self.ledger.labelled_after(self.slice, step) if len(self.ledger) else None
-        if z is None:
-            self.told.emit("no labelled slice further in this direction")
-        else:
-            self.go_to(z)
-
-    def mark(self, state: Cell, slices: Iterable[int] | None = None) -> None:
-        """Say what the shown slice, or the given ones, are.
-
-        Raises:
-            UserError: If that contradicts the paint.
-        """
-        if self.labels is None:
-            raise UserError("there is no label layer to mark slices of; create one first")
-        self.poll()
-        array = _layers.stack(self.labels)
-        for z in [self.slice] if slices is None else list(slices):
-            has_paint, to_mark = bool(array[z].any()), state
-            if state is Cell.EMPTY and has_paint:
-                raise UserError(
-                    f"slice {z} is painted on, so it is not empty; erase the paint, or mark it complete"
-                )
-            if state is Cell.COMPLETE and not has_paint:
-                to_mark = Cell.EMPTY
-                self.told.emit(f"nothing is painted on slice {z}: it counts as verified empty")
-            self.ledger.mark([z], to_mark)
-
-    def mark_painted_complete(self) -> None:
-        """Mark every painted slice complete, for labels that came finished."""
-        if self.labels is None:
-            raise UserError("there is no label layer to mark slices of; create one first")
-        painted = np.flatnonzero(_layers.stack(self.labels).any(axis=(1, 2)))
-        self.ledger.mark(painted.tolist(), Cell.COMPLETE)
-
-    # --- results -----------------------------------------------------------------------------------------
-
-    @property
-    def runs(self) -> list[Run]:
-        """Finetunings on this volume, oldest first."""
-        return self.results.runs
-
-    @property
-    def result_labels(self) -> NDArray[Any] | None:
-        """(Z, Y, X) of the result that is shown."""
-        return self.results.labels
-
     # --- saving ------------------------------------------------------------------------------------------
 
     def poll(self) -> None:
         """Take in what happened in the layers, and save what is due."""
-        self._look_at_layers()
-        brush = int(self.labels.selected_label) if self.labels is not None else 0
-        if brush != self._seen_brush:
-            self._seen_brush = brush
-            self.classes_changed.emit()
+        viewer = self._viewer()
+        if viewer is not None:
+            self._watch.look(viewer)
         if self.paint is not None and self.paint.touched:
             self._compare_labels()
-        if self._autosave.due:
-            self._save()
-        for message in self._autosave.messages():
+        if self.saved.autosave.due:
+            self.saved.save()
+        for message in self.saved.autosave.messages():
             self.warned.emit(message)
 
     def flush(self) -> None:
         """Save now whatever is not saved, and wait for it."""
         if self.labels is not None and self._viewer() is not None:
             self._compare_labels()
-        if self._autosave.pending:
-            self._save()
-        self._autosave.wait()
+        if self.saved.autosave.pending:
+            self.saved.save()
+        self.saved.autosave.wait()
 
     def close(self) -> None:
         """Save, and let go of the layers."""
@@ -339,67 +241,14 @@ class Session:
 
     # --- inside ------------------------------------------------------------------------------------------
 
-    def _look_at_layers(self) -> None:
-        """Take in that layers came, went or were renamed."""
-        viewer = self._viewer()
-        if viewer is None:
-            return
-        seen = [
-            (id(layer), layer.name, tuple(getattr(layer.data, "shape", ())))  # shapes are a list
-            for layer in viewer.layers
-            if not layer.multiscale and _layers.role_of(layer) != "explore"
-        ]
-        if seen == self._seen:
-            return
-        self._seen = seen
-        self._forget_removed_layers(viewer)
-        volumes = _layers.image_layers(viewer)
-        if self.opened is None and volumes:
-            try:
-                self.choose_volume(volumes[0])
-            except UserError as error:
-                self.warned.emit(f"{volumes[0].name}: {error}")
-        if self.opened is not None and self.labels is None:
-            drawn = _layers.labels_layers(viewer, self.opened.layer)
-            if drawn:
-                self.choose_labels(drawn[0])
-        self.layers_changed.emit()
-
-    def _forget_removed_layers(self, viewer: ViewerModel) -> None:
-        """Let go of layers that were deleted; what was drawn on them is saved first, and offered back."""
-        if self.labels is not None and self.labels not in viewer.layers:
-            name = self.labels.name
-            self.choose_labels(None)  # saves
-            self._look_for_saved_work()
-            self.told.emit(f"{name} was deleted; what was drawn on it can be restored")
-            self.offer_changed.emit()
-        if self.opened is not None and self.opened.layer not in viewer.layers:
-            self.choose_volume(None)
-        self.results.forget_removed_layer()
-
     def _open(self, layer: Image) -> None:
         self.opened = _layers.open_volume(layer)
-        source, volume = self.opened.path, self.opened.volume
-        name = f"{volume.name}-frame{volume.source.frame}" if volume.source.frame else volume.name
-        sidecar = Sidecar(source, name, volume.to_stored(volume.array))
-        self._autosave.follow(sidecar)
-        self.results.follow(RunStore(f"{sidecar.key}-{self.opened.volume.source.axes[0]}"))
-        self._look_for_saved_work()
-        given = self._spacings.get(self._volume_key()) or (self.offer.spacing if self.offer else None)
+        self.saved.follow(self.opened)
+        self.results.follow(RunStore(f"{self.saved.volume_key}-{self.opened.volume.source.axes[0]}"))
+        given = self.saved.spacing
         if given and not self.opened.spacing_known:
-            self._spacings[self._volume_key()] = given
+            self.saved.remember_spacing(given)
             self.opened = _layers.open_volume(layer, given)
-
-    def _volume_key(self) -> str:
-        assert self._autosave.sidecar is not None
-        return self._autosave.sidecar.key
-
-    def _look_for_saved_work(self) -> None:
-        if self._autosave.sidecar is not None:
-            try:
-                self.offer = self._autosave.sidecar.load()
-            except UserError as error:
-                self.warned.emit(str(error))
 
     def _remember_ledger(self) -> None:
         assert self.labels is not None
@@ -426,11 +275,11 @@ class Session:
         if self.paint is not None:
             self.paint.stop()
         self.paint, self.labels = None, None
-        self._autosave.forget_changes()
+        self.saved.autosave.forget_changes()
 
     def _changed(self) -> None:
         if self.labels is not None:
-            self._autosave.changed()
+            self.saved.autosave.changed()
 
     def _compare_labels(self) -> None:
         """Find the slices whose paint changed, and what that makes of them."""
@@ -452,15 +301,6 @@ class Session:
             new = {int(value) for z in changed for value in np.unique(array[z])} - known - {0}
             if new:
                 self.set_classes([*self.classes, *entries_of({}, new)])
-
-    def _save(self) -> None:
-        if self.labels is not None and self.opened is not None:
-            given = self._spacings.get(self._volume_key())
-            array = _layers.stack(self.labels).copy()
-            axis = self.opened.volume.source.axes[0]
-            self._autosave.save(
-                Snapshot(array, self.ledger.states, tuple(self.classes), given, axis), self.labels
-            )
 
 
 _sessions: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()

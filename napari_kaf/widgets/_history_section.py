@@ -19,10 +19,14 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
+from kaf_model.config import SegmentConfig
 from napari_kaf import _layers
 from napari_kaf._agreement import agreement
 from napari_kaf._paths import models_folder
-from napari_kaf._runs import Run
+from napari_kaf._runs import Run, RunStore
+from napari_kaf._segment_task import OpenSource, SegmentRequest, VolumeSegmented, segment_task
+from napari_kaf._settings import settings
+from napari_kaf.widgets._job_row import JobRow
 from napari_kaf.widgets._panel import Life, answering, button, heading, say, words
 
 _COLUMNS = ("Run", "When", "Slices", "Steps", "Dice")
@@ -30,11 +34,16 @@ _MOST_ROWS = 5  # more are scrolled
 
 
 class HistorySection(QWidget):
-    """Every finetuning of the volume; nothing while there is none."""
+    """Every finetuning of the volume; nothing while there is none.
 
-    def __init__(self, life: Life) -> None:
+    Args:
+        life: Of the panel.
+        row: Shows the segmenting of a volume by a run that ended before it came to that.
+    """
+
+    def __init__(self, life: Life, row: JobRow) -> None:
         super().__init__()
-        self.session = life.session
+        self.session, self._row = life.session, row
         column = QVBoxLayout(self)
         column.setContentsMargins(0, 0, 0, 0)
         column.addWidget(heading("Runs on this volume"))
@@ -63,18 +72,18 @@ class HistorySection(QWidget):
         self.status = words()
         column.addWidget(self.status)
         life.listen(self.session.runs_changed, self.refresh)
-        self.refresh()
+        self.session.results.reload()  # a training whose panel was closed has ended since
 
     @property
     def selected(self) -> Run | None:
         """The selected run."""
-        row, runs = self.table.currentRow(), self.session.runs
+        row, runs = self.table.currentRow(), self.session.results.runs
         return runs[len(runs) - 1 - row] if 0 <= row < len(runs) else None
 
     def refresh(self) -> None:
         """List the runs, newest first, with the shown one in bold."""
         before = self.table.currentRow()
-        runs, shown = self.session.runs, self.session.results.shown
+        runs, shown = self.session.results.runs, self.session.results.shown
         self.setVisible(bool(runs))
         self.table.setRowCount(len(runs))
         for row, run in enumerate(reversed(runs)):
@@ -94,10 +103,36 @@ class HistorySection(QWidget):
 
     @answering
     def show_selected(self, *_: Any) -> None:
-        """Show the selected run's result."""
-        if self.selected is not None:
-            self.session.results.show(self.selected)
+        """Show the selected run's result; make it first if it was not made."""
+        run, store = self.selected, self.session.results.store
+        if run is None or store is None:
+            return
+        if store.has_result(run):
+            self.session.results.show(run)
             say(self.status, "")
+        else:
+            self._make_result(run, store)
+
+    def _make_result(self, run: Run, store: RunStore) -> None:
+        opened = self.session.opened
+        assert opened is not None
+        request = SegmentRequest(
+            store.model_path(run.key), SegmentConfig(), settings().device, [OpenSource(0, opened.volume)]
+        )
+
+        def made(report: Any) -> None:
+            if isinstance(report, VolumeSegmented):
+                store.add(run, report.segmentation.labels)
+                if self.session.opened is opened:
+                    self.session.results.reload()
+                    self.session.results.show(run)
+
+        self._row.run(
+            "Segmenting",
+            lambda control: segment_task(request, control),
+            on_report=made,
+            on_done=lambda outcome: self._row.say(f"The result of {run.name} lies in its own layer."),
+        )
 
     @answering
     def compare_selected(self, *_: Any) -> None:
@@ -181,5 +216,5 @@ class HistorySection(QWidget):
         rows, header = self.table.verticalHeader(), self.table.horizontalHeader()
         assert rows is not None
         assert header is not None
-        count = min(max(len(self.session.runs), 1), _MOST_ROWS)
+        count = min(max(len(self.session.results.runs), 1), _MOST_ROWS)
         self.table.setFixedHeight(header.sizeHint().height() + count * rows.defaultSectionSize() + 4)

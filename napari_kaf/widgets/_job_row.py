@@ -107,6 +107,7 @@ class JobRow(QWidget):
 
         self._running = True
         self._shown = (0.0, "")
+        self._told: set[str] = set()
         self._fill(0, None)
         self.bar.setVisible(True)
         self.say("Starting…")
@@ -134,7 +135,8 @@ class JobRow(QWidget):
 
     def _show(self, report: Report) -> None:
         progress, job = report.progress, self.life.job
-        if progress.message:
+        if progress.message and progress.message not in self._told:
+            self._told.add(progress.message)
             show_info(progress.message)
         if job is None:
             return

@@ -21,7 +21,7 @@ from qtpy.QtWidgets import (
 )
 
 from napari_kaf import _layers
-from napari_kaf._classes import ClassEntry
+from napari_kaf._classes import ClassEntry, add_class, remove_class
 from napari_kaf.widgets._panel import Life, answering, heading, say, words
 
 _COLOR, _NAME, _VALUE = range(3)
@@ -178,14 +178,14 @@ class LabelsSection(QWidget):
 
     @answering
     def _add(self, *_: Any) -> None:
-        self.session.add_class()
+        add_class(self.session)
         self._show_classes()
 
     @answering
     def _drop(self, *_: Any) -> None:
         row = self.table.currentRow()
         if 0 <= row < len(self.session.classes):
-            self.session.remove_class(self.session.classes[row].value)
+            remove_class(self.session, self.session.classes[row].value)
 
     def _edited(self, item: QTableWidgetItem) -> None:
         if item.column() == _NAME:

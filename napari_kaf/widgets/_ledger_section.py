@@ -8,6 +8,7 @@ from qtpy.QtWidgets import QGridLayout, QPushButton, QVBoxLayout, QWidget
 
 from napari_kaf._keys import with_key
 from napari_kaf._ledger import MEANING, Cell
+from napari_kaf._marking import mark, mark_painted_complete, step_labelled
 from napari_kaf.widgets._panel import Life, answering, heading, say, words
 from napari_kaf.widgets._strip import LedgerStrip, legend
 
@@ -39,10 +40,10 @@ class LedgerSection(QWidget):
             self.buttons[state] = button
         self.previous = QPushButton("◀ labelled")
         self.previous.setToolTip(with_key("previous"))
-        self.previous.clicked.connect(lambda: self.session.step_labelled(-1))
+        self.previous.clicked.connect(lambda: step_labelled(self.session, -1))
         self.next = QPushButton("labelled ▶")
         self.next.setToolTip(with_key("next"))
-        self.next.clicked.connect(lambda: self.session.step_labelled(1))
+        self.next.clicked.connect(lambda: step_labelled(self.session, 1))
         self.all_painted = QPushButton("All painted complete")
         self.all_painted.setToolTip(
             "Mark every painted slice complete: for labels that came finished from a file"
@@ -77,8 +78,8 @@ class LedgerSection(QWidget):
     @answering
     def mark(self, state: Cell) -> None:
         """Mark the current slice."""
-        self.session.mark(state)
+        mark(self.session, state)
 
     @answering
     def _mark_painted(self, *_: Any) -> None:
-        self.session.mark_painted_complete()
+        mark_painted_complete(self.session)

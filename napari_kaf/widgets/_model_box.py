@@ -59,7 +59,7 @@ class ModelBox(QWidget):
     def refresh(self) -> None:
         """List the models there are now; what was chosen stays chosen while it exists."""
         before = self.choice
-        found = choices(self.session.runs, self.session.results.store, self._kinds)
+        found = choices(self.session.results.runs, self.session.results.store, self._kinds)
         opened = [choice for choice in self._opened if choice.path is not None and choice.path.is_file()]
         self._choices = [*self._fixed, *opened, *found]
         self.box.clear()

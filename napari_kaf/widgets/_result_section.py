@@ -46,7 +46,7 @@ class ResultSection(QWidget):
 
     def refresh(self) -> None:
         """Show what can be done."""
-        there = self.session.result_labels is not None
+        there = self.session.results.labels is not None
         for widget in (self.accept, self.accept_whole, self.put_away):
             widget.setEnabled(there)
         self.export.setEnabled(self.session.labels is not None)
@@ -61,7 +61,7 @@ class ResultSection(QWidget):
     @answering
     def accept_all(self, *_: Any) -> None:
         """Take the result into the labels wherever they are not finished."""
-        result = self.session.result_labels
+        result = self.session.results.labels
         count = self.session.results.accept(range(len(result) if result is not None else 0))
         kept = len(self.session.ledger) - count
         stay = f"; {kept} complete or empty ones stay as you drew them" if kept else ""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import datetime
 import time
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from napari.utils.notifications import show_error, show_info
 from qtpy.QtWidgets import QVBoxLayout, QWidget
 
-from kaf_model.errors import UserError
 from kaf_model.volume import Volume
 from napari_kaf import _layers
 from napari_kaf._finetune_task import (
@@ -19,15 +18,16 @@ from napari_kaf._finetune_task import (
     FinetuneRequest,
     SlicePreview,
     VolumePreview,
-    check_request,
     finetune_task,
 )
 from napari_kaf._jobs import Report
 from napari_kaf._keys import with_key
 from napari_kaf._runs import Run, next_name
+from napari_kaf._snapshot import Snapshot, take_snapshot
 from napari_kaf.widgets._curve import LiveCurve
 from napari_kaf.widgets._job_row import STOPPED_AT_ONCE, JobRow, minutes
 from napari_kaf.widgets._panel import Life
+from napari_kaf.widgets._propagate_section import CARRIED
 from napari_kaf.widgets._training_form import TrainingForm
 
 FINETUNING = "Finetuning"
@@ -58,18 +58,9 @@ class TrainingSection(QWidget):
         Raises:
             UserError: If something is missing for it.
         """
-        session = self.session
-        if session.opened is None:
-            raise UserError("there is no volume to train on; open one first")
-        if session.labels is None:
-            raise UserError("there is no label layer; click New labels and paint a structure first")
-        session.flush()  # nothing that was drawn may depend on how the training ends
-        check_request(session.ledger.training())
-        assert session.results.store is not None
-        self._store, self._opened = session.results.store, session.opened
-        request = self._request(self._store.new_key())
-        self._run = _begun(request, self.form.choice.name, next_name(session.runs))
-        self._volume = session.opened.volume
+        snapshot = take_snapshot(self.session)
+        self._opened = self.session.opened
+        request = self._request(snapshot)
         self.row.run(
             FINETUNING,
             lambda control: finetune_task(request, control),
@@ -81,24 +72,19 @@ class TrainingSection(QWidget):
         self.curve.clear()
         self._follow_slice()
 
-    def _request(self, key: str) -> FinetuneRequest:
-        session, form = self.session, self.form
-        assert session.opened is not None
-        assert session.labels is not None
-        statuses, volume = session.ledger.training(), session.opened.volume
-        labels = _layers.stack(session.labels).copy()
-        painted = set(np.unique(labels[sorted(statuses)]).tolist())
+    def _request(self, snapshot: Snapshot) -> FinetuneRequest:
+        form, results = self.form, self.session.results
+        store = results.store
+        assert store is not None
         return FinetuneRequest(
-            volume=replace(volume, array=volume.array.copy()),
-            labels=labels,
-            statuses=statuses,
-            class_names={entry.value: entry.name for entry in session.classes if entry.value in painted},
+            **vars(snapshot),
             start=form.choice.path,
             preset=form.preset.currentText(),
             seconds=60 * form.minutes.value(),
             hold_out=form.hold_out.isChecked(),
             device=form.device.currentText(),
-            output=self._store.model_path(key),
+            store=store,
+            run=_begun(store.begin(), snapshot.statuses, form.choice.name, next_name(results.runs)),
             clicked=time.monotonic(),
         )
 
@@ -136,47 +122,46 @@ class TrainingSection(QWidget):
 
     def _done(self, outcome: FinetuneOutcome) -> None:
         _layers.remove(self.session.viewer, "preview")
-        if outcome.labels is None:
-            self._store.delete(self._run)
+        run, session, volume = outcome.run, self.session, self._volume()
+        if not run.steps and outcome.labels is None:
             self.row.say(STOPPED_AT_ONCE)
             return
-        run = replace(
-            self._run,
-            steps=outcome.steps,
-            seconds=outcome.seconds,
-            stopped=outcome.stopped,
-            held_out_dice=outcome.held_out_dice,
-            device=outcome.device,
-        )
-        try:
-            self._store.add(run, outcome.labels)
-        except UserError as error:
-            show_error(str(error))
-        session = self.session
-        if session.opened is None or session.opened.volume is not self._volume:
-            show_info(f"{run.name} on {self._volume.name} is finished; choose that volume to see it")
+        if outcome.problem:
+            show_error(outcome.problem)
+        if session.opened is None or session.opened.volume is not volume:
+            show_info(f"{run.name} on {volume.name} is finished; choose that volume to see it")
             return
         session.results.reload()
-        session.results.show(run, outcome.labels)
-        dice = "" if outcome.held_out_dice is None else f" Held-out Dice {outcome.held_out_dice:.3f}."
-        what = "Stopped" if outcome.stopped else "Finished"
-        self.row.say(
-            f"{what} after {outcome.steps} steps, {minutes(outcome.seconds)}.{dice} "
-            "The result lies in its own layer; accept what is right."
-        )
+        if outcome.labels is not None:
+            session.results.show(run if run.steps else None, outcome.labels)
+        self.row.say(_in_words(outcome) if run.steps else f"Stopped before the first step. {CARRIED}")
 
     def _nothing(self) -> None:
         _layers.remove(self.session.viewer, "preview")
-        self._store.delete(self._run)
+        self.session.results.reload()  # what was learnt before it failed is kept
+
+    def _volume(self) -> Volume:
+        assert self._opened is not None
+        return self._opened.volume
 
 
-def _begun(request: FinetuneRequest, start: str, name: str) -> Run:
+def _in_words(outcome: FinetuneOutcome) -> str:
+    run = outcome.run
+    dice = "" if run.held_out_dice is None else f" Held-out Dice {run.held_out_dice:.3f}."
+    what = "Stopped" if run.stopped else "Finished"
+    then = "The result lies in its own layer; accept what is right."
+    if outcome.labels is None:
+        then = "The volume was not segmented yet; Show, in the list of runs, does that."
+    return f"{what} after {run.steps} steps, {minutes(run.seconds)}.{dice} {then}"
+
+
+def _begun(key: str, statuses: Mapping[int, str], start: str, name: str) -> Run:
     """What is known of a run when it begins."""
     return Run(
-        key=request.output.stem,
+        key=key,
         name=name,
         when=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        labelled=dict(request.statuses),
+        labelled=dict(statuses),
         steps=0,
         seconds=0.0,
         stopped=False,

@@ -175,7 +175,7 @@ class VolumeSection(QWidget):
         return self.offer
 
     def _show_offer(self) -> None:
-        offer = self.session.offer
+        offer = self.session.saved.offer
         self.offer.setVisible(offer is not None)
         if offer is not None:
             when = datetime.datetime.fromisoformat(offer.saved).strftime("%d %b %Y, %H:%M")
@@ -217,11 +217,11 @@ class VolumeSection(QWidget):
 
     @answering
     def _restore(self, *_: Any) -> None:
-        self.session.restore()
+        self.session.saved.restore()
 
     @answering
     def _decline(self, *_: Any) -> None:
-        self.session.decline_offer()
+        self.session.saved.decline()
 
 
 def _axes(source: Source) -> list[str]:

@@ -12,10 +12,12 @@ from qtpy.QtWidgets import QMessageBox, QPushButton, QWidget
 from napari_kaf._compass import attach_compass
 from napari_kaf._keys import KEYS, key_list
 from napari_kaf._ledger import Cell
+from napari_kaf._marking import step_labelled
 from napari_kaf.widgets._history_section import HistorySection
 from napari_kaf.widgets._labels_section import LabelsSection
 from napari_kaf.widgets._ledger_section import LedgerSection
 from napari_kaf.widgets._panel import Panel
+from napari_kaf.widgets._propagate_section import PROPAGATING, PropagateSection
 from napari_kaf.widgets._result_section import ResultSection
 from napari_kaf.widgets._training_section import FINETUNING, TrainingSection
 from napari_kaf.widgets._volume_section import VolumeSection
@@ -43,13 +45,15 @@ class FinetuneWidget(Panel):
         self.volume = VolumeSection(self.life)
         self.labels = LabelsSection(self.life)
         self.ledger = LedgerSection(self.life)
+        self.propagate = PropagateSection(self.life)
         self.training = TrainingSection(self.life)
         self.result = ResultSection(self.life)
-        self.history = HistorySection(self.life)
+        self.history = HistorySection(self.life, self.training.row)
         sections: tuple[QWidget, ...] = (
             self.volume,
             self.labels,
             self.ledger,
+            self.propagate,
             self.training,
             self.result,
             self.history,
@@ -67,12 +71,14 @@ class FinetuneWidget(Panel):
         self.session.poll()
 
     def _follow_the_work(self) -> None:
-        if self.session.busy in ("", FINETUNING):
+        if self.session.busy in ("", FINETUNING, PROPAGATING):
             QTimer.singleShot(_LAID_OUT, self._scroll_to_the_work)
 
     def _scroll_to_the_work(self) -> None:
         """Show the curve when a finetuning began, and the result when it ended."""
-        self.ensureWidgetVisible(self.training.curve if self.training.row.running else self.result)
+        running = {self.training.row: self.training.curve, self.propagate.row: self.propagate}
+        shown = next((widget for row, widget in running.items() if row.running), self.result)
+        self.ensureWidgetVisible(shown)
 
     def _bind_keys(self) -> None:
         actions: dict[str, Callable[[], None]] = {
@@ -80,8 +86,9 @@ class FinetuneWidget(Panel):
             "empty": lambda: self.ledger.mark(Cell.EMPTY),
             "untouched": lambda: self.ledger.mark(Cell.UNTOUCHED),
             "partial": lambda: self.ledger.mark(Cell.PARTIAL),
-            "next": lambda: self.session.step_labelled(1),
-            "previous": lambda: self.session.step_labelled(-1),
+            "next": lambda: step_labelled(self.session, 1),
+            "previous": lambda: step_labelled(self.session, -1),
+            "propagate": self.propagate.row.toggle,
             "finetune": self.training.row.toggle,
             "accept": self.result.accept_slice,
             "accept_all": self.result.accept_all,

@@ -124,7 +124,7 @@ def test_label_finetune_accept_export(make_napari_viewer, qtbot, plugin_home, no
     qtbot.waitUntil(lambda: len(training.curve.points("total")) >= ENOUGH_STEPS, timeout=900_000)
     assert [layer for layer in viewer.layers if layer.name.endswith("preview")]
     click(training.row.button)
-    qtbot.waitUntil(lambda: panel.session.result_labels is not None, timeout=60_000)
+    qtbot.waitUntil(lambda: panel.session.results.labels is not None, timeout=60_000)
     assert np.array_equal(panel.session.labels.data, drawn)  # the result came in a layer of its own
 
     click(panel.result.accept_whole)

@@ -726,8 +726,11 @@ def test_segmentation_makes_smaller_batches_when_memory_runs_out(model, monkeypa
         return predict
 
     monkeypatch.setattr(segment_module, "predict_slices", limited_to(2))
-    assert np.array_equal(segment_volume(model, volume), expected)
+    reports, segmentation = run(segment(model, volume))
+    assert np.array_equal(segmentation.labels, expected)
     assert sizes == [2, 2, 1]
+    (message,) = [report.message for report in reports if report.message]
+    assert message == "memory ran out: slices are now segmented 2 at a time"
     monkeypatch.setattr(segment_module, "predict_slices", limited_to(0))
     with pytest.raises(OutOfMemory, match="a single slice does not fit"):
         segment_volume(model, volume)

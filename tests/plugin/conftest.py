@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from kaf_model.phantom import make_heart, write_cohort
+from napari_kaf import _layers
+from napari_kaf._ledger import Cell
+from napari_kaf._marking import mark
 
 
 @pytest.fixture
@@ -29,10 +32,10 @@ def truth() -> np.ndarray:
 @pytest.fixture
 def notifications(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is shown to the user, in place of pop-ups."""
-    from napari_kaf.widgets import _job_row, _panel, _result_section, _training_section
+    from napari_kaf.widgets import _job_row, _panel, _propagate_section, _result_section, _training_section
 
     shown: list[str] = []
-    for module in (_panel, _training_section, _result_section, _job_row):
+    for module in (_panel, _training_section, _propagate_section, _result_section, _job_row):
         for name in ("show_error", "show_info", "show_warning"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, shown.append)
@@ -51,6 +54,20 @@ def open_panel(make_napari_viewer, plugin_home, nothing_left, notifications, qtb
         return viewer, panel
 
     return open_
+
+
+@pytest.fixture
+def labelled(open_panel, small_heart, truth):
+    """Viewer and panel with two complete slices drawn."""
+    viewer, panel = open_panel("Finetune", small_heart)
+    panel.session.new_labels()
+    for z in (1, 3):
+        plane = np.zeros(truth.shape, bool)
+        plane[z] = True
+        _layers.write_into(panel.session.labels, (truth > 0).astype(np.uint8), plane)
+    mark(panel.session, Cell.COMPLETE, [1, 3])
+    panel.training.form.minutes.setValue(0.1)
+    return viewer, panel
 
 
 @pytest.fixture(scope="session")

@@ -11,24 +11,11 @@ import pytest
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 from napari_kaf import _layers
+from napari_kaf._classes import add_class
 from napari_kaf._finetune_task import FinetuneOutcome, FinetuneRequest
 from napari_kaf._jobs import Report
 from napari_kaf._keys import KEYS
 from napari_kaf._ledger import Cell
-
-
-@pytest.fixture
-def labelled(open_panel, small_heart, truth):
-    """Viewer and panel with two complete slices drawn."""
-    viewer, panel = open_panel("Finetune", small_heart)
-    panel.session.new_labels()
-    for z in (1, 3):
-        plane = np.zeros(truth.shape, bool)
-        plane[z] = True
-        _layers.write_into(panel.session.labels, (truth > 0).astype(np.uint8), plane)
-    panel.session.mark(Cell.COMPLETE, [1, 3])
-    panel.training.form.minutes.setValue(0.1)
-    return viewer, panel
 
 
 def finish(panel, qtbot) -> None:
@@ -79,7 +66,7 @@ def test_one_class_only_is_explained_and_everything_stays_usable(
     assert "no background" in notifications[-1]
     assert panel.training.row.button.isEnabled()
     assert panel.training.row.button.text() == "Finetune"
-    assert not panel.session.runs
+    assert not panel.session.results.runs
 
 
 def test_from_click_to_history(labelled, qtbot, notifications):
@@ -90,20 +77,23 @@ def test_from_click_to_history(labelled, qtbot, notifications):
     panel.session.labels.data_setitem((np.array([0]), np.array([5]), np.array([5])), 1)  # painting goes on
     finish(panel, qtbot)
     session = panel.session
-    assert session.result_labels.shape == drawn.shape
+    assert session.results.labels.shape == drawn.shape
     assert not _layers.layers_with_role(viewer, "preview")
-    assert session.runs[0].labelled == {1: "complete", 3: "complete"}  # not what was painted meanwhile
-    assert session.runs[0].steps >= 1
-    assert len(panel.training.curve.points("total")) == session.runs[0].steps
+    assert session.results.runs[0].labelled == {
+        1: "complete",
+        3: "complete",
+    }  # not what was painted meanwhile
+    assert session.results.runs[0].steps >= 1
+    assert len(panel.training.curve.points("total")) == session.results.runs[0].steps
     assert viewer.layers.selection.active is session.labels
     assert panel.training.form.model.box.count() == 2  # from scratch, and this run
     panel.history.table.selectRow(0)
-    session.results.store.rename(session.runs[0], "best")
+    session.results.store.rename(session.results.runs[0], "best")
     session.results.reload()
     assert panel.history.table.item(0, 0).text() == "best"
     session.results.reject()
     panel.history.show_it.click()
-    assert session.result_labels is not None
+    assert session.results.labels is not None
     panel.history.compare.click()
     assert _layers.layers_with_role(viewer, "comparison")
 
@@ -116,7 +106,7 @@ def test_cancel_stops_soon_and_keeps_the_best_so_far(labelled, qtbot):
     panel.training.row.button.click()
     assert not panel.training.row.button.isEnabled()
     finish(panel, qtbot)
-    (run,) = panel.session.runs
+    (run,) = panel.session.results.runs
     assert run.stopped
     assert panel.session.results.store.model_path(run.key).is_file()
     assert not list(panel.session.results.store.folder.glob("*.resume.*"))
@@ -146,9 +136,9 @@ def test_cancel_stops_within_a_long_step(labelled, qtbot, monkeypatch):
     slow.clear()
     assert time.monotonic() - asked < 8  # the step alone takes longer
     finish(panel, qtbot)
-    (run,) = panel.session.runs
+    (run,) = panel.session.results.runs
     assert run.steps == len(curve.points("total"))
-    assert panel.session.result_labels is not None
+    assert panel.session.results.labels is not None
 
 
 def test_what_nothing_can_interrupt_is_not_waited_for(labelled, qtbot, monkeypatch):
@@ -186,7 +176,7 @@ def test_a_second_cancel_takes_what_was_last_seen(labelled, qtbot, monkeypatch):
     job.control.cancel()
     job.control.cancel()
     finish(panel, qtbot)
-    np.testing.assert_array_equal(panel.session.result_labels, seen[-1].labels)
+    np.testing.assert_array_equal(panel.session.results.labels, seen[-1].labels)
 
 
 def test_closing_the_panel_ends_the_training(labelled, qtbot):
@@ -194,10 +184,19 @@ def test_closing_the_panel_ends_the_training(labelled, qtbot):
     panel.training.form.minutes.setValue(60)
     panel.training.row.button.click()
     qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=300_000)
-    worker = panel.life.job._worker
+    worker, results = panel.life.job._worker, panel.session.results
     viewer.window.remove_dock_widget("all")
     qtbot.waitUntil(lambda: not worker.is_running, timeout=20_000)
     assert "Shift-C" not in [str(key) for key in viewer.keymap]
+    _dock, again = viewer.window.add_plugin_dock_widget("napari-kaf", "Finetune")
+    (run,) = again.session.results.runs  # what it had learnt is not lost
+    assert run.steps >= 1
+    again.history.table.selectRow(0)
+    assert not results.store.has_result(run)
+    again.history.show_it.click()  # makes the result
+    finish(again, qtbot)
+    assert results.labels.shape == again.session.opened.volume.shape
+    assert results.store.has_result(run)
 
 
 def test_deleting_the_volume_while_it_trains_does_no_harm(labelled, qtbot, notifications):
@@ -314,7 +313,7 @@ def test_the_wheel_scrolls_and_changes_no_value(labelled, qtbot):
 
 def test_a_class_that_is_not_painted_is_not_trained(labelled, monkeypatch):
     _viewer, panel = labelled
-    panel.session.add_class("never painted")
+    add_class(panel.session, "never painted")
     asked: list[FinetuneRequest] = []
 
     def ask(request: FinetuneRequest, control: object):
@@ -335,7 +334,7 @@ def test_while_it_trains_nothing_moves_in_the_window_by_itself(labelled, qtbot, 
     def waiting(request: FinetuneRequest, control: object):
         yield Report(Progress("loading the engine", 0, None))
         ended.wait(60)
-        return FinetuneOutcome(None, 0, 0.0, True, None, "CPU")
+        return FinetuneOutcome(request.run, None)
 
     monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", waiting)
     panel.training.row.button.click()

@@ -25,11 +25,12 @@ def test_painting_makes_partial_and_erasing_untouched():
     assert ledger.states[1] is Cell.UNTOUCHED
 
 
-def test_painting_on_a_complete_slice_leaves_it_complete_and_on_an_accepted_one_does_not():
-    ledger = Ledger(2, [Cell.COMPLETE, Cell.ACCEPTED])
+def test_painting_leaves_a_complete_slice_complete_and_completes_an_accepted_one():
+    ledger = Ledger(3, [Cell.COMPLETE, Cell.ACCEPTED, Cell.ACCEPTED])
     ledger.note_paint(0, True)
     ledger.note_paint(1, True)
-    assert ledger.states == (Cell.COMPLETE, Cell.PARTIAL)
+    ledger.note_paint(2, False)  # erased altogether: nothing was said of it
+    assert ledger.states == (Cell.COMPLETE, Cell.COMPLETE, Cell.UNTOUCHED)
 
 
 def test_only_what_the_user_marked_is_trained_on():

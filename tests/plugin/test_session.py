@@ -9,7 +9,9 @@ from napari.components import ViewerModel
 from kaf_model.errors import UserError
 from kaf_model.volume import Volume
 from napari_kaf import _autosave, _layers
+from napari_kaf._classes import add_class, remove_class
 from napari_kaf._ledger import Cell
+from napari_kaf._marking import mark
 from napari_kaf._runs import Run
 from napari_kaf._session import Session, session_for
 
@@ -58,10 +60,10 @@ def test_paint_marks_partial_and_undo_takes_it_back(session):
 def test_marking_says_what_contradicts_the_paint(session):
     paint(session, 1)
     with pytest.raises(UserError, match="painted on, so it is not empty"):
-        session.mark(Cell.EMPTY, [1])
+        mark(session, Cell.EMPTY, [1])
     said = []
     session.told.connect(said.append)
-    session.mark(Cell.COMPLETE, [3])
+    mark(session, Cell.COMPLETE, [3])
     assert session.ledger.states[3] is Cell.EMPTY
     assert "verified empty" in said[0]
 
@@ -74,9 +76,9 @@ def test_a_value_nobody_named_becomes_a_class(session):
 def test_a_painted_class_is_not_removed(session):
     paint(session, 0)
     with pytest.raises(UserError, match="15 pixels are painted"):
-        session.remove_class(1)
-    session.add_class("valve")
-    session.remove_class(2)
+        remove_class(session, 1)
+    add_class(session, "valve")
+    remove_class(session, 2)
     assert [entry.value for entry in session.classes] == [1]
 
 
@@ -100,7 +102,7 @@ def test_a_result_lies_in_its_own_layer_and_leaves_the_drawing_alone(session, vi
 def test_accepting_fills_what_is_not_the_users_and_undo_takes_it_back(session):
     paint(session, 0)
     paint(session, 1, value=2)
-    session.mark(Cell.COMPLETE, [0])
+    mark(session, Cell.COMPLETE, [0])
     drawn = session.labels.data.copy()
     result = give_result(session)
     assert session.results.accept(range(4)) == 3
@@ -123,9 +125,21 @@ def test_accepted_slices_are_not_trained_on_until_marked(session):
     assert session.ledger.training() == {}
 
 
+def test_an_accepted_slice_that_is_corrected_is_complete_until_that_is_undone(session):
+    give_result(session)
+    session.results.accept(range(4))
+    plane = (np.array([2]), np.array([10]), np.array([14]))
+    session.labels.data_setitem(plane, 1)
+    session.poll()
+    assert session.ledger.training() == {2: "complete"}
+    session.labels.undo()
+    session.poll()
+    assert session.ledger.states == (Cell.ACCEPTED,) * 4
+
+
 def test_accepting_a_finished_slice_is_refused(session):
     paint(session, session.slice)
-    session.mark(Cell.COMPLETE)
+    mark(session, Cell.COMPLETE)
     give_result(session)
     with pytest.raises(UserError, match="stays as you drew it"):
         session.results.accept()
@@ -142,19 +156,19 @@ def test_rejecting_removes_the_layer(session, viewer):
 def test_strokes_are_saved_within_seconds_and_come_back_after_a_crash(session, viewer, monkeypatch):
     monkeypatch.setattr(_autosave, "SAVE_AFTER", 0.0)
     paint(session, 2)
-    session.mark(Cell.COMPLETE, [2])
-    session.add_class("valve")
+    mark(session, Cell.COMPLETE, [2])
+    add_class(session, "valve")
     session.poll()
-    session._autosave.wait()
+    session.saved.autosave.wait()
     # The program is killed here: nothing is told to the session. Another one opens the same volume.
     other = ViewerModel()
     volume = session.opened.volume
     other.add_image(volume.array, name="scan", **_layers.layer_arguments(volume, "volume"))
     again = Session(other)
     again.poll()
-    assert again.offer is not None
-    assert again.offer.num_marked == 1
-    again.restore()
+    assert again.saved.offer is not None
+    assert again.saved.offer.num_marked == 1
+    again.saved.restore()
     np.testing.assert_array_equal(again.labels.data, session.labels.data)
     assert again.ledger.states == session.ledger.states
     assert [entry.name for entry in again.classes] == ["structure", "valve"]
@@ -189,7 +203,7 @@ def test_a_deleted_label_layer_can_be_restored(session, viewer):
     viewer.layers.remove(session.labels)
     session.poll()
     assert session.labels is None
-    session.restore()
+    session.saved.restore()
     np.testing.assert_array_equal(session.labels.data, drawn)
 
 
@@ -255,7 +269,7 @@ def test_a_second_volume_has_labels_of_its_own(session, viewer):
     session.choose_volume(first)
     assert session.labels is first_labels
     assert session.ledger.states[1] is Cell.PARTIAL
-    assert session.offer is None
+    assert session.saved.offer is None
 
 
 def test_what_cannot_be_saved_is_told_once_and_tried_again(session, monkeypatch):
@@ -275,7 +289,7 @@ def test_what_cannot_be_saved_is_told_once_and_tried_again(session, monkeypatch)
     assert len(said) == 1
     assert "No space left" in said[0]
     session.flush()  # still pending, and there is room again
-    assert session._autosave.sidecar.load().num_marked == 2
+    assert session.saved.autosave.sidecar.load().num_marked == 2
 
 
 def test_a_shapes_layer_does_no_harm(make_napari_viewer, plugin_home, nothing_left):
@@ -290,7 +304,7 @@ def test_a_shapes_layer_does_no_harm(make_napari_viewer, plugin_home, nothing_le
 def test_a_volume_is_cut_along_another_axis_with_its_labels(session, viewer):
     paint(session, 1)
     paint(session, 2, value=2)
-    session.mark(Cell.COMPLETE, [1])
+    mark(session, Cell.COMPLETE, [1])
     drawn = session.labels.data.copy()
     session.recut(0)
     assert session.opened.volume.shape == (16, 4, 12)  # stored (x, y, z); Y runs down from the top slice
@@ -306,7 +320,7 @@ def test_a_volume_is_cut_along_another_axis_with_its_labels(session, viewer):
 def test_work_on_another_cut_is_restored_in_that_cut(session, viewer):
     paint(session, 1)
     session.recut(0)
-    session.mark(Cell.PARTIAL, [4])
+    mark(session, Cell.PARTIAL, [4])
     drawn = session.labels.data.copy()
     session.flush()
     other = ViewerModel()
@@ -315,7 +329,7 @@ def test_work_on_another_cut_is_restored_in_that_cut(session, viewer):
     again = Session(other)
     again.poll()
     assert again.opened.volume.shape == SHAPE
-    again.restore()
+    again.saved.restore()
     assert again.opened.volume.shape == (16, 4, 12)
     np.testing.assert_array_equal(again.labels.data, drawn)
     again.close()

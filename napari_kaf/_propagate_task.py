@@ -1,0 +1,53 @@
+"""What runs on the worker thread when labels are carried from finished slices to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaf_model.errors import UserError
+from napari_kaf._jobs import Control, Report
+from napari_kaf._snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from kaf_model.config import SliceConfig
+    from kaf_model.labels import LabelledVolume
+    from kaf_model.propagation import Propagation
+
+
+def propagate_task(
+    snapshot: Snapshot, control: Control
+) -> Generator[Report, None, NDArray[np.integer[Any]] | None]:
+    """Carry the labels of finished slices to the others; no labels if it was cancelled."""
+    from kaf_model.config import SliceConfig
+    from kaf_model.labels import LabelledVolume, SliceStatus
+
+    statuses = {z: SliceStatus(status) for z, status in snapshot.statuses.items()}
+    if set(statuses.values()) == {SliceStatus.PARTIAL}:
+        raise UserError("no slice is marked complete yet; of partial slices no whole shape can be carried on")
+    case = LabelledVolume(snapshot.volume, snapshot.labels, statuses)
+    carried = yield from carried_labels(case, snapshot.class_names, SliceConfig(), control)
+    if carried is None and not control.cancelled:
+        raise UserError("no complete slice shows a structure; paint one and mark its slice complete")
+    return carried.labels() if carried is not None and not control.cancelled else None
+
+
+def carried_labels(
+    case: LabelledVolume, class_names: Any, slices: SliceConfig, control: Control
+) -> Generator[Report, None, Propagation | None]:
+    """What the finished slices say of the others; None if they show nothing, or it was cancelled."""
+    from kaf_model.labels import ClassMap
+    from kaf_model.propagation import propagate
+
+    values = ClassMap.of_labels([case], class_names).values.tolist()
+    work = propagate(case, values, slices)
+    while not control.cancelled:
+        try:
+            yield Report(next(work))
+        except StopIteration as done:
+            found: Propagation | None = done.value
+            return found
+    return None
