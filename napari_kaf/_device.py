@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 import psutil
@@ -10,28 +11,43 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
+_LEAST_LOOK = 0.3  # seconds
+
 
 def share_processor() -> None:
     """Give torch as many threads as there are processors that other programs leave free, and let them sleep.
 
     A thread more than that makes every step wait for the slowest; the window needs its share as well. What
-    the user has set stays. To be called on the worker thread before torch is used there.
+    the user has set stays. To be called on the worker thread before torch is used there; what others take is
+    measured while torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+    began, busy = time.monotonic(), _seconds_of_others()
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(free_processors())
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    time.sleep(max(0.0, _LEAST_LOOK - (time.monotonic() - began)))
+    taken = (_seconds_of_others() - busy) / (time.monotonic() - began)
+    torch.set_num_threads(free_processors(taken))
 
 
-def free_processors() -> int:
-    """Processors that are not taken by other programs, at least one."""
-    there = (
-        len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
-    )
-    there = there or 1
-    taken = float(psutil.getloadavg()[0])
-    return max(1, min(there, round(there - taken)))
+def free_processors(taken: float) -> int:
+    """Processors that other programs leave to us, at least one.
+
+    Args:
+        taken: Processors that they keep busy.
+    """
+    everywhere = os.cpu_count() or 1
+    ours = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else everywhere
+    return max(1, min(ours, round(everywhere - taken)))
+
+
+def _seconds_of_others() -> float:
+    """Processor time that all programs but this one have used since the machine was started."""
+    everything, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    busy = sum(getattr(everything, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
+    return float(busy - own.user - own.system)
 
 
 def describe_device(device: torch.device) -> str:

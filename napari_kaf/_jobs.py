@@ -19,6 +19,7 @@ from superqt.utils import GeneratorWorker
 
 from kaf_model.errors import UserError
 from napari_kaf._paths import data_folder
+from napari_kaf._spinner import release_spinners, slow_spinners
 
 if TYPE_CHECKING:
     from kaf_model.progress import Progress
@@ -138,6 +139,7 @@ class Job:
         self._on_report, self._on_done, self._on_failed = on_report, on_done, on_failed
         self._on_given_up = on_given_up
         self._bar = progress(total=0, desc=title) if title is not None else None
+        self._spinners = slow_spinners() if title is not None else []
         self._listening = True
         self._worker = _Worker(task, self.control)
         self._worker.yielded.connect(self._reported)
@@ -182,6 +184,8 @@ class Job:
     def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
+        release_spinners(self._spinners)
+        self._spinners = []
 
     def _returned(self, result: Any) -> None:
         if not self._listening:

@@ -14,6 +14,7 @@ KEYS = {
     "accept": ("Shift-A", "Accept the result on this slice"),
     "accept_all": ("Shift-Alt-A", "Accept the result on all slices"),
     "reject": ("Shift-R", "Reject the result"),
+    "panel": ("Shift-T", "Go into the panel; Tab and Shift+Tab move there, Escape goes back"),
 }
 
 

@@ -63,7 +63,7 @@ class LabelsSection(QWidget):
         self.add.clicked.connect(self._add)
         self.drop.clicked.connect(self._drop)
         self.table.itemChanged.connect(self._edited)
-        self.table.itemDoubleClicked.connect(self._double_clicked)
+        self.table.itemActivated.connect(self._activated)
         self.table.itemSelectionChanged.connect(self._picked)
         for signal in (self.session.layers_changed, self.session.volume_changed, self.session.labels_changed):
             life.listen(signal, self.refresh)
@@ -118,7 +118,7 @@ class LabelsSection(QWidget):
         table.setTabKeyNavigation(False)
         table.setAccessibleName("Classes")
         table.setToolTip(
-            "Select a class to paint it; double-click its name (or F2) to rename it, its colour to change it"
+            "Select a class to paint it; double-click its name (or F2) to rename it, its colour (or Enter) to change it"
         )
         return table
 
@@ -194,7 +194,7 @@ class LabelsSection(QWidget):
             classes[item.row()] = replace(entry, name=item.text().strip() or entry.name)
             self.session.set_classes(classes)
 
-    def _double_clicked(self, item: QTableWidgetItem) -> None:
+    def _activated(self, item: QTableWidgetItem) -> None:
         if item.column() != _COLOR:
             return
         classes = list(self.session.classes)

@@ -8,9 +8,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from napari.utils.notifications import show_error, show_info, show_warning
 from qtpy.QtCore import QEvent, QObject, Qt
+from qtpy.QtGui import QKeyEvent
 from qtpy.QtWidgets import (
     QAbstractSlider,
     QAbstractSpinBox,
+    QApplication,
     QComboBox,
     QFrame,
     QLabel,
@@ -26,6 +28,13 @@ from kaf_model.errors import UserError
 from napari_kaf._jobs import Job
 from napari_kaf._pulse import keep_polling
 from napari_kaf._session import Session, session_for
+
+_FOCUS = "#3d85c6"  # seen on napari's dark and on its light ground; the theme itself shows no focus
+_STYLE = f"""
+QPushButton:focus {{ border: 1px solid {_FOCUS}; padding: 3px; }}
+QComboBox:focus, QAbstractSpinBox:focus, QLineEdit:focus, QAbstractItemView:focus {{ border: 1px solid {_FOCUS}; }}
+QCheckBox:focus {{ color: {_FOCUS}; }}
+"""
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -93,6 +102,7 @@ class Panel(QScrollArea):
         self.life.listen(self.session.told, show_info)
         self.life.listen(self.session.warned, show_warning)
         self._docked = False
+        self._came_from: QWidget | None = None
         self.setWidgetResizable(True)
         self.setFrameShape(QFrame.Shape.NoFrame)
         self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
@@ -102,6 +112,33 @@ class Panel(QScrollArea):
         self.column.setSpacing(6)
         self.setWidget(content)
         self.setMinimumWidth(336)
+        content.setStyleSheet(_STYLE)
+
+    def enter(self) -> None:
+        """Give the focus to what had it last in the panel, else to its first widget.
+
+        napari's slice number takes the focus back from whoever tabs away from it, so that Tab alone never
+        gets from the canvas to a panel.
+        """
+        content = self.widget()
+        assert content is not None
+        if content.isAncestorOf(QApplication.focusWidget()):
+            return
+        self._came_from = QApplication.focusWidget()
+        last = content.focusWidget()
+        if last is not None and last.isEnabled():
+            last.setFocus(Qt.FocusReason.TabFocusReason)
+        else:
+            content.setFocus(Qt.FocusReason.TabFocusReason)
+            content.focusNextChild()
+
+    def keyPressEvent(self, event: QKeyEvent | None) -> None:
+        """Escape goes back to where the focus was before it came into the panel."""
+        if event is not None and event.key() == Qt.Key.Key_Escape and self._came_from is not None:
+            self._came_from.setFocus(Qt.FocusReason.BacktabFocusReason)
+            self._came_from = None
+        else:
+            super().keyPressEvent(event)
 
     def showEvent(self, event: Any) -> None:
         """From the first showing on, the wheel changes no value it passes over, and long names no width."""

@@ -93,6 +93,7 @@ class FinetuneWidget(Panel):
             "accept": self.result.accept_slice,
             "accept_all": self.result.accept_all,
             "reject": self.result.reject,
+            "panel": self.enter,
         }
         viewer = self.session.viewer
         for name, action in actions.items():

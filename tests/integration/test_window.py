@@ -15,8 +15,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 LEFT_HEART = (2, 3)  # myocardium and left ventricle of the sample, painted as one structure
-MINUTES = "20"  # a person stops it when the preview looks right
-ENOUGH_STEPS = 70
+MINUTES = "4"
+ENOUGH_STEPS = (
+    150  # a fast machine does not have to spend its minutes: a person stops when the preview looks right
+)
 
 
 class Hands:
@@ -121,10 +123,14 @@ def test_label_finetune_accept_export(make_napari_viewer, qtbot, plugin_home, no
     click(panel.training.row.button)
     assert panel.training.row.button.text() == "Cancel"
     training = panel.training
-    qtbot.waitUntil(lambda: len(training.curve.points("total")) >= ENOUGH_STEPS, timeout=900_000)
-    assert [layer for layer in viewer.layers if layer.name.endswith("preview")]
-    click(training.row.button)
-    qtbot.waitUntil(lambda: panel.session.results.labels is not None, timeout=60_000)
+    qtbot.waitUntil(
+        lambda: len(training.curve.points("total")) >= ENOUGH_STEPS or not training.row.running,
+        timeout=900_000,
+    )
+    if training.row.running:
+        assert [layer for layer in viewer.layers if layer.name.endswith("preview")]
+        click(training.row.button)
+    qtbot.waitUntil(lambda: panel.session.results.labels is not None, timeout=120_000)
     assert np.array_equal(panel.session.labels.data, drawn)  # the result came in a layer of its own
 
     click(panel.result.accept_whole)
@@ -139,7 +145,7 @@ def test_label_finetune_accept_export(make_napari_viewer, qtbot, plugin_home, no
     exported = read_labels(target, panel.session.opened.volume)
     assert exported.shape == image.data.shape
     dice = _dice(exported == 1, truth)
-    print(f"Dice of the exported file: {dice:.3f}")
+    print(f"Dice of the exported file: {dice:.3f} after {panel.session.results.shown.steps} steps")
     assert dice > 0.8
 
 

@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 import pytest
+from qtpy.QtCore import Qt
+from qtpy.QtWidgets import QApplication, QLabel
 
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
@@ -241,6 +243,36 @@ def test_keys_are_bound_and_listed_once(labelled):
     assert "(Shift+C)" in panel.ledger.buttons[Cell.COMPLETE].toolTip()
 
 
+def test_a_key_leads_into_the_panel_and_escape_back(labelled, qtbot):
+    viewer, panel = labelled
+    viewer.window.show()
+    viewer.window._qt_window.activateWindow()
+    canvas = viewer.window._qt_viewer.canvas.native
+    canvas.setFocus()
+    qtbot.waitUntil(lambda: QApplication.focusWidget() is canvas)
+    qtbot.keyClick(canvas, "T", Qt.KeyboardModifier.ShiftModifier)
+    assert QApplication.focusWidget() is panel.volume.box
+    visited = []
+    for _ in range(40):
+        qtbot.keyClick(QApplication.focusWidget(), Qt.Key.Key_Tab)
+        if not panel.isAncestorOf(QApplication.focusWidget()):
+            break
+        visited.append(QApplication.focusWidget())
+    order = [
+        panel.labels.new,
+        panel.ledger.strip,
+        panel.ledger.buttons[Cell.COMPLETE],
+        panel.training.row.button,
+    ]
+    places = [visited.index(widget) for widget in (*order, panel.result.export, panel.keys)]
+    assert places == sorted(places)  # from top to bottom
+    panel.training.row.button.setFocus()
+    qtbot.keyClick(panel.training.row.button, Qt.Key.Key_Escape)
+    assert QApplication.focusWidget() is canvas
+    qtbot.keyClick(canvas, "T", Qt.KeyboardModifier.ShiftModifier)
+    assert QApplication.focusWidget() is panel.training.row.button
+
+
 def test_export_says_same_grid(labelled, tmp_path):
     _viewer, panel = labelled
     panel.result.export_to(tmp_path / "mine.nii.gz")
@@ -265,7 +297,6 @@ def test_the_strip_goes_where_it_is_clicked(labelled, qtbot):
     _viewer, panel = labelled
     strip = panel.ledger.strip
     strip.resize(300, 30)
-    from qtpy.QtCore import Qt
 
     qtbot.mouseClick(strip, Qt.MouseButton.LeftButton, pos=strip.cell_rect(3).center().toPoint())
     assert panel.session.slice == 3
@@ -291,9 +322,8 @@ def test_closing_the_viewer_ends_the_training_and_keeps_the_strokes(labelled, qt
 def test_the_wheel_scrolls_and_changes_no_value(labelled, qtbot):
     _viewer, panel = labelled
     panel.show()
-    from qtpy.QtCore import QPoint, QPointF, Qt
+    from qtpy.QtCore import QPoint, QPointF
     from qtpy.QtGui import QWheelEvent
-    from qtpy.QtWidgets import QApplication
 
     panel.training.form.minutes.clearFocus()
     turn = QWheelEvent(
@@ -342,6 +372,9 @@ def test_while_it_trains_nothing_moves_in_the_window_by_itself(labelled, qtbot, 
     qtbot.waitUntil(lambda: panel.training.row.status.text() == "Loading the engine")
     assert bar.maximum() > bar.minimum()  # a bar without a range is animated, and each frame draws the canvas
     assert bar.value() == 0
+    (spinner,) = (label.movie() for label in panel.window().findChildren(QLabel) if label.movie() is not None)
+    assert spinner.speed() < 10  # the wheel of napari's activity dock: thirty frames a second otherwise
     panel.training.row.button.click()
     ended.set()
     finish(panel, qtbot)
+    assert spinner.speed() == 100
