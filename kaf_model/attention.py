@@ -160,10 +160,11 @@ def attend(
     Returns:
         (T, E), zero for slices whose source is empty.
     """
-    way = attend_padded
-    if query.device.type == "cpu":
-        way = attend_each if query.dtype == torch.bfloat16 else attend_fused
-    return way(query, key, value, keypoints, source, heads=heads)
+    if query.device.type != "cpu":
+        return attend_padded(query, key, value, keypoints, source, heads=heads)
+    if query.dtype == torch.bfloat16:
+        return attend_each(query, key, value, keypoints, source, heads=heads)
+    return attend_fused(query, key, value, keypoints, source, heads=heads)
 
 
 def attend_padded(
@@ -224,14 +225,13 @@ def attend_fused(
         (num_queries, num_keys, len(list(alike)))
         for (num_queries, num_keys), alike in groupby(zip(keypoints.counts, source.counts, strict=True))
     ]
-    queries = query.split([slices * num_queries for num_queries, _, slices in runs])
-    keys, values = (rows.split([slices * num_keys for _, num_keys, slices in runs]) for rows in (key, value))
+    queries = torch.split(query, [slices * num_queries for num_queries, _, slices in runs])
+    num_rows = [slices * num_keys for _, num_keys, slices in runs]
+    keys, values = torch.split(key, num_rows), torch.split(value, num_rows)
     attended = []
     for run, *parts in zip(runs, queries, keys, values, strict=True):
-        heads_first = [_split_heads(rows.unflatten(0, (run[2], -1)), heads) for rows in parts]
-        product = (
-            _dot_product if all(run) else _explicit_product
-        )  # a fused kernel wants something to attend to
+        heads_first = [_split_heads(rows.reshape(run[2], -1, rows.shape[1]), heads) for rows in parts]
+        product = _dot_product if all(run) else _explicit_product  # fused kernels want something to attend to
         attended.append(product(*heads_first).transpose(1, 2).reshape(parts[0].shape))
     return torch.cat(attended)
 
