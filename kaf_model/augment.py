@@ -58,6 +58,7 @@ class SpatialTransform:
         device: torch.device | str = "cpu",
         centres: Tensor | None = None,
         canvas: tuple[int, int] | None = None,
+        rows: Tensor | None = None,
     ) -> SpatialTransform:
         """Draw the map of each slice of a batch.
 
@@ -75,6 +76,8 @@ class SpatialTransform:
             centres: (B, 2) input points that shall lie at the centre of the crop (the nearest whole pixel for
                 slices that are only cropped); rows of NaN are placed at random.
             canvas: Output size when `config.crop` is None; default: the largest of `sizes`.
+            rows: (b,) slices of the batch whose maps are returned, e.g. the share of one rank; default: all. The
+                others are drawn, but no displacement is computed for them.
         """
         sizes = sizes.to("cpu", torch.int64)
         num_slices = len(sizes)
@@ -98,13 +101,15 @@ class SpatialTransform:
         crop = torch.tensor(output_size, dtype=torch.float32)
         centre = _crop_centres(sizes, crop, magnification, moved, draw(0, 1, 2), centres)
         offset = centre - _apply(matrix, (crop - 1).view(1, 1, 2) / 2)[:, 0]
-        matrix, offset = matrix.to(device), offset.to(device)
+        rows = torch.arange(num_slices) if rows is None else rows
+        matrix, offset = matrix[rows].to(device), offset[rows].to(device)
 
         displacement = None
         if config.spatial_probability > 0 and max(config.elastic_alpha) > 0:
             displacement = _elastic(
                 draw(*config.elastic_alpha) * moved,
                 draw(*config.elastic_sigma),
+                rows,
                 spacing=min(config.elastic_sigma),
                 reach=max(config.elastic_sigma),
                 output_size=output_size,
@@ -112,12 +117,16 @@ class SpatialTransform:
                 device=torch.device(device),
             )
             if centres is not None:  # the displacement must not carry the wanted point away from the centre
-                middle = ((crop - 1) / 2).to(device).expand(num_slices, 1, 2)
-                carried = _interpolate(displacement, middle)[0]  # (B, 1, 2)
-                wanted = centres.to(device).isfinite().all(dim=-1, keepdim=True)
+                middle = ((crop - 1) / 2).to(device).expand(len(rows), 1, 2)
+                carried = _interpolate(displacement, middle)[0]  # (b, 1, 2)
+                wanted = centres[rows].to(device).isfinite().all(dim=-1, keepdim=True)
                 offset = offset - torch.where(wanted, _apply(matrix, carried)[:, 0], 0.0)
         return cls(
-            matrix=matrix, offset=offset, displacement=displacement, sizes=sizes, output_size=output_size
+            matrix=matrix,
+            offset=offset,
+            displacement=displacement,
+            sizes=sizes[rows],
+            output_size=output_size,
         )
 
     @staticmethod
@@ -297,6 +306,7 @@ def _crop_centres(
 def _elastic(
     alpha: Tensor,
     sigma: Tensor,
+    rows: Tensor,
     *,
     spacing: float,
     reach: float,
@@ -304,7 +314,7 @@ def _elastic(
     generator: torch.Generator,
     device: torch.device,
 ) -> Tensor:
-    """Elastic displacement (B, 2, h, w): smoothed noise times `alpha`.
+    """Elastic displacement (b, 2, h, w) of some rows of a batch of B: smoothed noise times `alpha`.
 
     A Gaussian of `sigma` pixels cannot tell noise at every pixel from noise at knots up to sigma apart with
     the same variance per area, so the noise lives on knots `spacing` apart and smoothing is two small matrix
@@ -313,6 +323,7 @@ def _elastic(
     Args:
         alpha: (B,) strengths; 0 gives no displacement.
         sigma: (B,) smoothness in output pixels.
+        rows: (b,) slices whose displacement is computed; the noise of all B is drawn.
         spacing: Distance of the knots, the smallest possible sigma.
         reach: Largest possible sigma.
         output_size: (h, w).
@@ -325,16 +336,16 @@ def _elastic(
     knots = [torch.arange(-margin, math.ceil((size - 1) / spacing) + margin + 1) for size in output_size]
     noise = 2 * torch.rand(len(alpha), 2, len(knots[0]), len(knots[1]), generator=generator) - 1
 
-    alpha, sigma = alpha.to(device), sigma.to(device)[:, None, None]
+    alpha, sigma, noise = alpha[rows].to(device), sigma[rows].to(device)[:, None, None], noise[rows]
 
-    def kernel(size: int, knots: Tensor) -> Tensor:  # (B, 1, size, knots)
+    def kernel(size: int, knots: Tensor) -> Tensor:  # (b, 1, size, knots)
         distance = torch.arange(size, device=device)[:, None] - spacing * knots.to(device)
         weights = torch.exp(-0.5 * (distance / sigma) ** 2) / (math.sqrt(2 * math.pi) * sigma)
         return weights[:, None]
 
     down, across = (kernel(size, knots) for size, knots in zip(output_size, knots, strict=True))
     with full_precision(device):
-        smooth = down @ noise.to(device) @ across.mT  # (B, 2, h, w)
+        smooth = down @ noise.to(device) @ across.mT  # (b, 2, h, w)
     strength = alpha * spacing
     squeeze = strength * _compression(smooth, step=max(1, round(spacing / 6)))
     strength = strength * (MAX_COMPRESSION / squeeze.clamp(min=MAX_COMPRESSION))

@@ -241,7 +241,8 @@ class PretrainingPairs:
             generator=generator_for(self.seed, step, 3),
             device=device,
             canvas=whole_canvas(sizes),
-        ).select(both)
+            rows=both,
+        )
         intensity = IntensityChange.sample(
             self.augment, len(slots), generator=generator_for(self.seed, step, 4)
         ).select(both)
@@ -336,7 +337,8 @@ class LabelledSlices:
             device=device,
             centres=self._centres(chosen, step),
             canvas=whole_canvas(sizes),
-        ).select(rows)
+            rows=rows,
+        )
         intensity = IntensityChange.sample(
             self.augment, len(chosen), generator=generator_for(self.seed, step, 4)
         ).select(rows)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kaf_model.precision import full_precision
+
 _recomputed: ContextVar[bool] = ContextVar("recomputed", default=False)
 
 
@@ -137,19 +139,78 @@ class BatchNorm(nn.BatchNorm2d):
     def _forward_joint(self, input: Tensor) -> Tensor:
         assert self.running_mean is not None
         assert self.running_var is not None
-        maps = input.float()
-        axes = [axis for axis in range(maps.dim()) if axis != 1]
-        shape = [1, -1] + [1] * (maps.dim() - 2)
-        count = sum_over_ranks(maps.new_tensor([maps.numel() / maps.shape[1]]))
-        if count < 2:
-            mean, variance = self.running_mean, self.running_var
-        else:
-            mean = sum_over_ranks(maps.sum(axes)) / count
-            variance = sum_over_ranks((maps - mean.view(shape)).square().sum(axes)) / count
-            with torch.no_grad():
-                momentum = self._share_of_batch
-                self.running_mean.lerp_(mean.detach(), momentum)
-                self.running_var.lerp_(variance.detach() * count / (count - 1), momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        normalised = (maps - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
-        return normalised.to(input.dtype)
+        with full_precision(input.device):
+            mean, variance, count = _joint_statistics(input)
+            if count < 2:
+                return _affine(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+            momentum = self._share_of_batch
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(variance * count / (count - 1), momentum)
+            normalised: Tensor = _JointBatchNorm.apply(  # type: ignore[no-untyped-call]
+                input, self.weight, self.bias, mean, variance, count, self.eps
+            )
+        return normalised
+
+
+@torch.no_grad()
+def _joint_statistics(input: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Mean and variance of each channel over all processes, and how many values a channel has: one exchange."""
+    values = input.numel() // input.shape[1]
+    own = torch.zeros(3, input.shape[1], device=input.device)  # counts, means and variances
+    if values:
+        mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
+        own = torch.stack([torch.full_like(mean, values), mean, variance])
+    counts, means, variances = gather_over_ranks(own[None]).unbind(1)  # (ranks, C) each
+    count = counts.sum(0).clamp(min=1)
+    mean = (counts * means).sum(0) / count
+    variance = (counts * (variances + (means - mean).square())).sum(0) / count
+    return mean, variance, float(counts[:, 0].sum())
+
+
+def _affine(
+    input: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """Batch normalisation by given statistics."""
+    if not input.numel():  # torch's kernels divide by the number of values
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        return input * weight.view(shape) + bias.view(shape)
+    return functional.batch_norm(input, mean, variance, weight, bias, eps=eps)
+
+
+class _JointBatchNorm(torch.autograd.Function):
+    """Normalisation by joint statistics, with torch's kernels for fixed ones and what they leave out added.
+
+    The gradient through the statistics is that of batch normalisation: the means of the gradients, and of
+    their products with the normalised values, over all processes.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        count: float,
+        eps: float,
+    ) -> Tensor:
+        context.save_for_backward(input, weight, mean, variance)
+        context.count, context.eps = count, eps
+        return _affine(input, mean, variance, weight, bias, eps)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, variance = context.saved_tensors
+        gradient, grad_weight, grad_bias = gradients[0], torch.zeros_like(weight), torch.zeros_like(weight)
+        if input.numel():
+            gradient, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+                gradient, input, weight, mean, variance, None, None, False, context.eps, [True, True, True]
+            )
+        sums = torch.stack([grad_weight, grad_bias])
+        torch.distributed.all_reduce(sums)
+        of_products, of_gradients = sums / context.count
+        slope = weight * torch.rsqrt(variance + context.eps) * of_products
+        offset = weight * torch.rsqrt(variance + context.eps) * of_gradients
+        left_out = _affine(input, mean, variance, slope, offset, context.eps)
+        return gradient - left_out, grad_weight, grad_bias, None, None, None, None

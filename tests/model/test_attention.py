@@ -9,6 +9,7 @@ from kaf_model.attention import (
     PackedKeypoints,
     PositionEncoder,
     attend_each,
+    attend_fused,
     attend_padded,
 )
 
@@ -141,18 +142,18 @@ def test_position_code_is_relative_to_the_middle_and_scaled():
     assert torch.allclose(code, encoder.mlp(torch.tensor([[0.0, 0.0], [1.0, 0.0]])), atol=1e-6)
 
 
-@pytest.mark.parametrize("largest", [2**21, 1])
+@pytest.mark.parametrize(("fast", "largest"), [(attend_each, 2**21), (attend_each, 1), (attend_fused, 1)])
 @pytest.mark.parametrize(
     "counts", [([3, 0, 5, 1, 2], [2, 4, 0, 6, 1]), ([4, 4, 0, 4, 4], [3, 3, 0, 3, 3]), ([0, 0], [0, 2])]
 )
-def test_slices_one_by_one_attend_as_the_padded_batch_does(counts, largest, monkeypatch) -> None:
+def test_slices_one_by_one_attend_as_the_padded_batch_does(counts, fast, largest, monkeypatch) -> None:
     monkeypatch.setattr(attention, "_LARGEST_RUN", largest)
     keypoints, source = packed(counts[0]), packed(counts[1])
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(len(keypoints), 8, generator=generator, requires_grad=True)
     key, value = (torch.randn(len(source), 8, generator=generator, requires_grad=True) for _ in range(2))
     results = []
-    for way in (attend_each, attend_padded):
+    for way in (fast, attend_padded):
         message = way(query, key, value, keypoints, source, heads=2)
         gradients = torch.autograd.grad(message.square().sum(), (query, key, value))
         results.append((message, *gradients))
@@ -181,6 +182,28 @@ def test_attention_in_bfloat16_is_near_that_in_float32(counts: list[int]) -> Non
     keypoints = packed(counts)
     rows = [torch.randn(len(keypoints), 16, generator=torch.Generator().manual_seed(s)) for s in range(3)]
     exact = attend_padded(*rows, keypoints, keypoints, heads=4)
-    for way in (attend_each, attend_padded):
+    for way in (attend_each, attend_fused, attend_padded):
         rounded = way(*(x.bfloat16() for x in rows), keypoints, keypoints, heads=4)
         torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(torch.float32, "attend_fused"), (torch.bfloat16, "attend_each")])
+def test_the_way_suits_the_type(kind, name, monkeypatch) -> None:
+    keypoints, taken = packed([3, 2]), []
+
+    def spy(*rows, heads):
+        taken.append(name)
+        return rows[0]
+
+    monkeypatch.setattr(attention, name, spy)
+    attention.attend(*torch.zeros(3, 5, 8, dtype=kind), keypoints, keypoints, heads=2)
+    assert taken == [name]
+
+
+def test_fused_attention_keeps_no_scores() -> None:
+    keypoints = packed([200, 150])
+    rows = [torch.randn(350, 8, requires_grad=True) for _ in range(3)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        attend_fused(*rows, keypoints, keypoints, heads=2)
+    assert max(kept) <= 350 * 8

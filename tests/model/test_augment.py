@@ -423,6 +423,18 @@ def test_selected_slices_move_as_in_the_batch(
 
 
 @every_config
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_share_is_drawn_as_in_the_batch(config: AugmentConfig, centred: bool) -> None:
+    centres = torch.tensor([[40.0, 50.0], [torch.nan, torch.nan], [30.0, 60.0], [20.0, 20.0]])
+    options = {"centres": centres if centred else None}
+    rows = torch.tensor([3, 1])
+    part, expected = sample(config, rows=rows, **options), sample(config, **options).select(rows)
+    torch.testing.assert_close(part.coordinates, expected.coordinates, atol=1e-4, rtol=0)
+    assert torch.equal(part.sizes, expected.sizes)
+    assert part.output_size == expected.output_size
+
+
+@every_config
 def test_concatenated_shares_are_the_batch(config: AugmentConfig) -> None:
     whole = sample(config)
     joined = SpatialTransform.concatenate([whole.select(slice(0, 1)), whole.select(slice(1, 4))])

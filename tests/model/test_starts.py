@@ -203,11 +203,12 @@ def test_a_batch_depends_on_its_step_only(name, prepared):
     assert not same(data.batch(2, CPU, Shard())[0], data.batch(3, CPU, Shard())[0])
 
 
-JOINT = ["glcl-full", "rotation", "pirl", "caid"]  # SimCLR's loss is in CAiD, GLCL-global's in GLCL-full
+JOINT = {"glcl-full": 1, "rotation": 2, "pirl": 2, "caid": 2}
+"""Steps of each. SimCLR's loss is in CAiD, GLCL-global's in GLCL-full, whose step turns rounding into gradients."""
 
 
 def joint_training(name, output):
-    training = PRETRAIN.override(optimizer="sgd", batch_size=4, steps=2, learning_rate=0.01)
+    training = PRETRAIN.override(optimizer="sgd", batch_size=4, steps=JOINT[name], learning_rate=0.01)
     fabric = engine.make_fabric("cpu", precision="float32")
     volumes = [heart(seed)[0] for seed in range(2)]
     work = STARTS[name].pretrain(RECIPE.override(pretrain=training), volumes, output, fabric=fabric)

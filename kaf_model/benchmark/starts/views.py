@@ -80,7 +80,8 @@ class SliceViews:
             generator=generator_for(self.seed, step, 3),
             device=device,
             canvas=whole_canvas(sizes),
-        ).select(every)
+            rows=every,
+        )
         own = [chosen[row % len(chosen)] for row in every.tolist()]
         places = [self.index[item] for item in own]
         images = stack_padded([self.volumes[v].images[z] for v, z in places]).to(device)
