@@ -486,6 +486,8 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "sinkhorn_iterations": 30,
             "augment": {"scale": (0.5, 0.9), "rotation": 20.0, "elastic_alpha": (0.0, 150.0)},
         },
+        # In the same time many small steps teach far more than few large ones.
+        "finetune": {"batch_size": 4, "steps": 3000},
     },
     "base": {
         "slices": {"spacing": 1.25},

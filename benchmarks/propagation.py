@@ -1,0 +1,96 @@
+"""What k finished slices tell of the rest of their volume, before any training.
+
+    python benchmarks/propagation.py --data DIR [--patients odd] [--slices 1,3,5]
+
+DIR has `images/` and `labels/` of ACDC. The k slices are the evenly spaced ones of `kaf benchmark`. Prints Dice,
+mean over classes and volumes, on the slices that nobody labelled and on the whole volume, beside the plainest
+thing one could do: a copy of the nearest finished slice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaf_model.benchmark.plan import SlicesPlan
+from kaf_model.benchmark.splits import slices_to_label
+from kaf_model.config import SliceConfig
+from kaf_model.evaluate import evaluate_volume
+from kaf_model.labels import LabelledVolume, SliceStatus
+from kaf_model.propagation import Propagation, propagate
+from kaf_model.volume import Volume, read_labels, read_volume
+
+CLASSES = {1: "right ventricle", 2: "myocardium", 3: "left ventricle"}
+
+
+def finished(volume: Volume, truth: NDArray[np.integer], count: int) -> LabelledVolume:
+    """The volume as a person leaves it who finished `count` slices."""
+    chosen = slices_to_label(truth, count, SlicesPlan())
+    kinds = {z: SliceStatus.COMPLETE if truth[z].any() else SliceStatus.EMPTY for z in chosen}
+    return LabelledVolume(volume, truth, kinds).without_unlabelled()
+
+
+def propagated(case: LabelledVolume) -> NDArray[np.integer]:
+    work = propagate(case, [0, *CLASSES], SliceConfig())
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            carried: Propagation | None = done.value
+            return case.labels if carried is None else carried.labels()
+
+
+def copied(case: LabelledVolume) -> NDArray[np.integer]:
+    labelled = np.array(sorted(case.statuses))
+    nearest = labelled[np.abs(np.arange(len(case.labels))[:, None] - labelled).argmin(1)]
+    return case.labels[nearest]
+
+
+def dice(ours: NDArray[np.integer], truth: NDArray[np.integer], volume: Volume) -> float:
+    scores = evaluate_volume(
+        ours, truth, spacing=volume.spacing, voxel_ml=volume.voxel_ml, classes=CLASSES, volume=volume.name
+    )
+    return float(np.nanmean([score.dice for score in scores]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with images/ and labels/")
+    parser.add_argument("--patients", choices=("odd", "even"), default="odd")
+    parser.add_argument("--slices", default="1,3,5", help="how many slices are finished")
+    options = parser.parse_args()
+    paths = sorted((options.data / "images").glob("patient*.nii.gz"))
+    paths = [path for path in paths if int(path.name[7:10]) % 2 == (options.patients == "odd")]
+    if not paths:
+        parser.error(f"no patient*.nii.gz under {options.data / 'images'}")
+    print(f"{len(paths)} volumes of patients with {options.patients} numbers")
+    print("| finished slices | method | other slices | whole volume | seconds a volume |")
+    print("|---|---|---|---|---|")
+    for count in (int(text) for text in options.slices.split(",")):
+        for name, method in (("copy of the nearest", copied), ("propagated", propagated)):
+            found, seconds = [], 0.0
+            for path in paths:
+                volume = read_volume(path)
+                truth = np.asarray(read_labels(options.data / "labels" / path.name, volume))
+                case = finished(volume, truth, count)
+                began = time.perf_counter()
+                labels = method(case)
+                seconds += time.perf_counter() - began
+                rest = [z for z in range(len(truth)) if z not in case.statuses]
+                found.append((dice(labels[rest], truth[rest], volume), dice(labels, truth, volume)))
+            (rest_mean, whole_mean), (rest_std, whole_std) = np.mean(found, 0), np.std(found, 0)
+            print(
+                f"| {count} | {name} | {rest_mean:.3f} ({rest_std:.3f}) | {whole_mean:.3f} ({whole_std:.3f}) "
+                f"| {seconds / len(paths):.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
