@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaf_model.errors import UserError
+from kaf_model.progress import Progress
 from napari_kaf._jobs import Control, Report
 from napari_kaf._snapshot import Snapshot
 
@@ -22,6 +23,7 @@ def propagate_task(
     snapshot: Snapshot, control: Control
 ) -> Generator[Report, None, NDArray[np.integer[Any]] | None]:
     """Carry the labels of finished slices to the others; no labels if it was cancelled."""
+    yield Report(Progress("loading the engine", 0, None))
     from kaf_model.config import SliceConfig
     from kaf_model.labels import LabelledVolume, SliceStatus
 
