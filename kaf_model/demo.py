@@ -2,7 +2,8 @@
 
 Unlabelled subjects pretrain an encoder. Three labelled slices of one other subject, and the unlabelled ones
 by pseudo-labels, then train two models for as many steps, one from that encoder and one from random weights.
-Both segment subjects that neither has seen, and their Dice scores are set side by side.
+Both segment subjects that neither has seen, and their Dice scores are set side by side; the other slices of the
+labelled subject are segmented as well.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from kaf_model.cases import class_names, read_cases
 from kaf_model.checkpoint import Model
 from kaf_model.config import Recipe
+from kaf_model.demo_volume import RestOfVolume, segment_rest
 from kaf_model.errors import UserError
 from kaf_model.evaluate import Scores, evaluate_folders
 from kaf_model.figures import segmentation_contours
@@ -70,6 +72,7 @@ class DemoResult:
         scores: By start, on the unseen subjects.
         steps: Finetuning steps by start.
         pretraining_steps: Steps of the pretraining.
+        rest: The other slices of the labelled subject, by the pretrained start.
         figure: Slices of an unseen subject with contours.
         size: How much there was.
     """
@@ -78,6 +81,7 @@ class DemoResult:
     scores: dict[str, Scores]
     steps: dict[str, int]
     pretraining_steps: int
+    rest: RestOfVolume
     figure: Path
     size: DemoSize
 
@@ -191,8 +195,14 @@ def run_demo(
             f"evaluating, {name} start", evaluate_folders(predictions, output / "unseen" / "labels")
         )
         scores[name].to_csv(output / f"scores-{name}-start.csv")
+    rest = yield from _quietly(
+        "segmenting the labelled subject",
+        segment_rest(
+            models["pretrained"], cases[0], output / "labelled" / f"{case}-segmented.nii.gz", cache=cache
+        ),
+    )
     figure = _draw(output, unseen[0], scores)
-    return DemoResult(output, scores, steps, len(pretrained.curve), figure, size)
+    return DemoResult(output, scores, steps, len(pretrained.curve), rest, figure, size)
 
 
 def demo_report(result: DemoResult) -> str:
@@ -205,6 +215,8 @@ def demo_report(result: DemoResult) -> str:
     means = [result.scores[name].mean_dice for name in STARTS]
     width = max(map(len, rows))
     lines = [
+        textwrap.fill(result.rest.report(), 100),
+        "",
         f"Dice on {size.unseen} unseen subjects (mean ± standard deviation), each model trained on "
         f"{len(size.labelled_slices)} labelled slices:",
         "",
@@ -220,6 +232,7 @@ def demo_report(result: DemoResult) -> str:
         "",
         f"  figure       {result.figure}",
         f"  label maps   {_predictions(folder, 'pretrained')}/ and {_predictions(folder, 'random')}/",
+        f"               {result.rest.labels}",
         f"  models       {folder / 'pretrained-start.safetensors'}, {folder / 'random-start.safetensors'}",
         f"  scores       {folder / 'scores-pretrained-start.csv'}, {folder / 'scores-random-start.csv'}",
     ]

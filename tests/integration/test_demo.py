@@ -58,6 +58,7 @@ def test_the_demo_leaves_models_label_maps_scores_and_a_figure(tmp_path: Path) -
         "preparing",
         "pretraining",
         "reading",
+        "following labels from slice to slice",
         "finetuning",
         "finetuning, pretrained start",
         "finetuning, random start",
@@ -65,6 +66,7 @@ def test_the_demo_leaves_models_label_maps_scores_and_a_figure(tmp_path: Path) -
         "evaluating, pretrained start",
         "segmenting, random start",
         "evaluating, random start",
+        "segmenting the labelled subject",
     ]
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert names >= {
@@ -78,6 +80,7 @@ def test_the_demo_leaves_models_label_maps_scores_and_a_figure(tmp_path: Path) -
         "predictions-random-start/heart_201.nii.gz",
         "predictions-random-start/labels.json",
         "scores-random-start.csv",
+        "labelled/heart_100-segmented.nii.gz",
         "comparison.png",
     }
     assert theirs.read_text() == "not ours"
@@ -85,7 +88,13 @@ def test_the_demo_leaves_models_label_maps_scores_and_a_figure(tmp_path: Path) -
     assert result.figure.stat().st_size > 10_000
     assert min(result.steps.values()) >= 1
 
+    rest = result.rest
+    assert rest.num_slices == 2
+    assert all(0 <= dice <= 1 for dice in (rest.propagated, rest.network, rest.joined))
+    assert rest.propagated > 0.2  # base and apex, beside finished slices
+    assert rest.joined > rest.network  # which has hardly learnt anything
     report = demo_report(result)
+    assert f"{rest.joined:.3f} joined" in report
     for name in ("right ventricle", "myocardium", "left ventricle", "mean"):
         assert re.search(rf"{name} +\d\.\d\d\d( ± \d\.\d\d\d)? +\d\.\d\d\d", report)
     means = [result.scores[name].mean_dice for name in ("pretrained", "random")]
