@@ -53,8 +53,8 @@ def test_the_demo_leaves_models_label_maps_scores_and_a_figure(tmp_path: Path) -
         result, stages = finish(
             run_demo(tmp_path, time_budget=3, size=SIZE, recipe=tiny_recipe(), device="cpu")
         )
-    stages.remove("labelling other slices")  # which a very short training may leave out once
-    assert stages == [
+    sometimes = "labelling other slices"  # a very short training may leave it out
+    assert [stage for stage in stages if stage != sometimes] == [
         "drawing the cohort",
         "preparing",
         "pretraining",
