@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from kaf_model.pretrain import PretrainResult as PretrainResult
     from kaf_model.pretrain import pretrain as pretrain
     from kaf_model.progress import Progress as Progress
+    from kaf_model.propagation import Propagation as Propagation
+    from kaf_model.propagation import propagate as propagate
     from kaf_model.segment import Segmentation as Segmentation
     from kaf_model.segment import segment as segment
     from kaf_model.segment import segment_volume as segment_volume
@@ -102,6 +104,7 @@ _HOME = {
     "phantom": ("make_heart",),
     "pretrain": ("PretrainResult", "pretrain"),
     "progress": ("Progress",),
+    "propagation": ("Propagation", "propagate"),
     "segment": ("Segmentation", "segment", "segment_volume"),
     "slices": ("Slices",),
     "unet": ("SegmentationNetwork", "build_network"),
