@@ -10,6 +10,7 @@ from napari.utils.notifications import show_error, show_info, show_warning
 from qtpy.QtCore import QEvent, QObject, Qt
 from qtpy.QtGui import QKeyEvent
 from qtpy.QtWidgets import (
+    QAbstractItemView,
     QAbstractSlider,
     QAbstractSpinBox,
     QApplication,
@@ -141,7 +142,12 @@ class Panel(QScrollArea):
             super().keyPressEvent(event)
 
     def showEvent(self, event: Any) -> None:
-        """From the first showing on, the wheel changes no value it passes over, and long names no width."""
+        """From the first showing on, the wheel changes no value it passes over, and long names no width.
+
+        Our keys work wherever the focus is, but for where text is written.
+        """
+        for view in self.findChildren(QAbstractItemView):
+            view.installEventFilter(self)
         for kind in (QAbstractSpinBox, QComboBox, QAbstractSlider):
             for box in self.findChildren(kind):
                 if isinstance(box, QScrollBar):
@@ -154,8 +160,20 @@ class Panel(QScrollArea):
         super().showEvent(event)
 
     def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
-        """Keep the wheel from boxes."""
-        if event is not None and event.type() == QEvent.Type.Wheel and isinstance(watched, QWidget):
+        """Keep the wheel from boxes, and letters with Shift from boxes and lists, which would search by them."""
+        if isinstance(event, QKeyEvent) and event.type() == QEvent.Type.KeyPress:
+            if (
+                event.modifiers() & Qt.KeyboardModifier.ShiftModifier
+                and Qt.Key.Key_A <= event.key() <= Qt.Key.Key_Z
+            ):
+                event.ignore()  # goes up to the window, which knows our keys
+                return True
+        elif (
+            event is not None
+            and event.type() == QEvent.Type.Wheel
+            and isinstance(watched, QWidget)
+            and not isinstance(watched, QAbstractItemView)
+        ):
             event.ignore()
             return not watched.hasFocus()
         return bool(super().eventFilter(watched, event))

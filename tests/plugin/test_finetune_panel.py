@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 
@@ -271,6 +272,19 @@ def test_a_key_leads_into_the_panel_and_escape_back(labelled, qtbot):
     assert QApplication.focusWidget() is canvas
     qtbot.keyClick(canvas, "T", Qt.KeyboardModifier.ShiftModifier)
     assert QApplication.focusWidget() is panel.training.row.button
+
+
+@pytest.mark.parametrize("place", ["labels.box", "labels.table", "training.form.minutes", "ledger.strip"])
+def test_keys_work_wherever_the_focus_is(labelled, qtbot, place):
+    viewer, panel = labelled
+    viewer.window.show()
+    viewer.window._qt_window.activateWindow()
+    widget = operator.attrgetter(place)(panel)
+    widget.setFocus()
+    qtbot.waitUntil(lambda: QApplication.focusWidget() is widget)
+    panel.session.go_to(3)
+    qtbot.keyClick(widget, "P", Qt.KeyboardModifier.ShiftModifier)
+    assert panel.session.ledger.states[3] is Cell.PARTIAL
 
 
 def test_export_says_same_grid(labelled, tmp_path):
