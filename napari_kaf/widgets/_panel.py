@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeGuard, TypeVar
 
 from napari.utils.notifications import show_error, show_info, show_warning
 from qtpy.QtCore import QEvent, QObject, Qt
@@ -148,15 +148,12 @@ class Panel(QScrollArea):
         """
         for view in self.findChildren(QAbstractItemView):
             view.installEventFilter(self)
-        for kind in (QAbstractSpinBox, QComboBox, QAbstractSlider):
-            for box in self.findChildren(kind):
-                if isinstance(box, QScrollBar):
-                    continue
-                box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
-                box.installEventFilter(self)
-                if isinstance(box, QComboBox):
-                    box.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
-                    box.setMinimumWidth(90)
+        for box in filter(_is_box, self.findChildren(QWidget)):
+            box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
+            box.installEventFilter(self)
+            if isinstance(box, QComboBox):
+                box.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
+                box.setMinimumWidth(90)
         super().showEvent(event)
 
     def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
@@ -168,12 +165,7 @@ class Panel(QScrollArea):
             ):
                 event.ignore()  # goes up to the window, which knows our keys
                 return True
-        elif (
-            event is not None
-            and event.type() == QEvent.Type.Wheel
-            and isinstance(watched, QWidget)
-            and not isinstance(watched, QAbstractItemView)
-        ):
+        elif event is not None and event.type() == QEvent.Type.Wheel and _is_box(watched):
             event.ignore()
             return not watched.hasFocus()
         return bool(super().eventFilter(watched, event))
@@ -192,6 +184,12 @@ class Panel(QScrollArea):
         """End when the panel itself is closed."""
         self.life.end()
         super().closeEvent(event)
+
+
+def _is_box(widget: QObject | None) -> TypeGuard[QWidget]:
+    """Whether the wheel would change a value of it; Qt asks a scroll area about its own scroll bars too."""
+    kinds = (QAbstractSpinBox, QComboBox, QAbstractSlider)
+    return isinstance(widget, kinds) and not isinstance(widget, QScrollBar)
 
 
 def button(text: str, tip: str, slot: Callable[..., None]) -> QPushButton:

@@ -351,7 +351,12 @@ def test_the_wheel_scrolls_and_changes_no_value(labelled, qtbot):
         False,
     )
     before = panel.training.form.minutes.value()
+    panel.resize(340, 300)
+    scroll_bar = panel.verticalScrollBar()
+    qtbot.waitUntil(lambda: scroll_bar.maximum() > 100)
     QApplication.sendEvent(panel.training.form.minutes, turn)
+    QApplication.sendEvent(scroll_bar, turn)
+    assert scroll_bar.value() > 0
     assert panel.training.form.minutes.value() == before
 
 
