@@ -7,7 +7,7 @@ from itertools import cycle
 from typing import Any
 
 import pyqtgraph
-from qtpy.QtCore import QTimer
+from qtpy.QtCore import Qt, QTimer
 from qtpy.QtWidgets import QVBoxLayout, QWidget
 
 from napari_kaf.widgets._panel import say, words
@@ -32,6 +32,7 @@ class LiveCurve(QWidget):
         self.plot.setMenuEnabled(False)
         self.plot.setMouseEnabled(x=False, y=False)
         self.plot.hideButtons()
+        self.plot.setFocusPolicy(Qt.FocusPolicy.NoFocus)  # nothing can be done in it
         self.plot.setLabel("bottom", "step")
         self.plot.setLabel("left", quantity)
         self.plot.getAxis("left").enableAutoSIPrefix(False)

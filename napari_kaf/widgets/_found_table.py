@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QAbstractItemView, QHeaderView, QTableWidget, QTableWidgetItem
 
 from kaf_model.volume import volume_name
@@ -23,6 +24,7 @@ class FoundTable(QTableWidget):
         self.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
         self.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
         self.setTabKeyNavigation(False)
+        self.setTextElideMode(Qt.TextElideMode.ElideLeft)  # names of one cohort differ at their ends
         self.setAccessibleName("Volumes in the folder")
         header, rows = self.horizontalHeader(), self.verticalHeader()
         assert header is not None

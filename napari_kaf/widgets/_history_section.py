@@ -28,6 +28,7 @@ from napari_kaf._segment_task import OpenSource, SegmentRequest, VolumeSegmented
 from napari_kaf._settings import settings
 from napari_kaf.widgets._job_row import JobRow
 from napari_kaf.widgets._panel import Life, answering, button, heading, say, words
+from napari_kaf.widgets._short_table import ShortTable
 
 _COLUMNS = ("Run", "When", "Slices", "Steps", "Dice")
 _MOST_ROWS = 5  # more are scrolled
@@ -98,7 +99,6 @@ class HistorySection(QWidget):
                 self.table.setItem(row, column, item)
         if runs:
             self.table.selectRow(min(max(before, 0), len(runs) - 1))
-        self._fit_height()
         self._enable()
 
     @answering
@@ -194,27 +194,14 @@ class HistorySection(QWidget):
             widget.setEnabled(self.selected is not None)
 
     def _make_table(self) -> QTableWidget:
-        table = QTableWidget(0, len(_COLUMNS))
-        table.setHorizontalHeaderLabels(_COLUMNS)
+        table = ShortTable(_COLUMNS, _MOST_ROWS)
         table.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
-        table.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
-        table.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
-        table.setTabKeyNavigation(False)
         table.setAccessibleName("Runs on this volume")
         table.setToolTip("Every run on this volume; Enter or a double click shows its result")
-        header, rows = table.horizontalHeader(), table.verticalHeader()
+        header = table.horizontalHeader()
         assert header is not None
-        assert rows is not None
         header.setSectionResizeMode(QHeaderView.ResizeMode.ResizeToContents)
         header.setSectionResizeMode(0, QHeaderView.ResizeMode.Stretch)
-        rows.setVisible(False)
         table.cellActivated.connect(self.show_selected)
         table.itemSelectionChanged.connect(self._enable)
         return table
-
-    def _fit_height(self) -> None:
-        rows, header = self.table.verticalHeader(), self.table.horizontalHeader()
-        assert rows is not None
-        assert header is not None
-        count = min(max(len(self.session.results.runs), 1), _MOST_ROWS)
-        self.table.setFixedHeight(header.sizeHint().height() + count * rows.defaultSectionSize() + 4)

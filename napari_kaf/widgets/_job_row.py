@@ -186,4 +186,6 @@ def describe(report: Report) -> str:
 
 def minutes(seconds: float) -> str:
     """A length of time for people."""
-    return f"{round(seconds)} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+    if seconds < 90:
+        return f"{round(seconds)} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

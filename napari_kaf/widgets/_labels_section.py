@@ -8,7 +8,6 @@ from typing import Any
 from qtpy.QtCore import Qt
 from qtpy.QtGui import QColor, QIcon, QPixmap
 from qtpy.QtWidgets import (
-    QAbstractItemView,
     QColorDialog,
     QComboBox,
     QHBoxLayout,
@@ -23,6 +22,7 @@ from qtpy.QtWidgets import (
 from napari_kaf import _layers
 from napari_kaf._classes import ClassEntry, add_class, remove_class
 from napari_kaf.widgets._panel import Life, answering, heading, say, words
+from napari_kaf.widgets._short_table import ShortTable
 
 _COLOR, _NAME, _VALUE = range(3)
 _MOST_ROWS = 6  # more are scrolled
@@ -103,19 +103,12 @@ class LabelsSection(QWidget):
         return f"Not on the grid of this volume {self.session.opened.volume.shape}: {', '.join(others)}"
 
     def _make_table(self) -> QTableWidget:
-        table = QTableWidget(0, 3)
-        table.setHorizontalHeaderLabels(["", "class", "value"])
+        table = ShortTable(["", "class", "value"], _MOST_ROWS)
         header = table.horizontalHeader()
-        rows = table.verticalHeader()
         assert header is not None
-        assert rows is not None
         header.setSectionResizeMode(_NAME, QHeaderView.ResizeMode.Stretch)
         header.resizeSection(_COLOR, 28)
         header.resizeSection(_VALUE, 56)
-        rows.setVisible(False)
-        table.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
-        table.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
-        table.setTabKeyNavigation(False)
         table.setAccessibleName("Classes")
         table.setToolTip(
             "Select a class to paint it; double-click its name (or F2) to rename it, its colour (or Enter) to change it"
@@ -134,7 +127,6 @@ class LabelsSection(QWidget):
                 self._fill_row(row, color, entry)
         self._show_brush()
         self.table.blockSignals(False)
-        self._fit_height()
 
     def _fill_row(self, row: int, color: QColor, entry: ClassEntry) -> None:
         swatch = QPixmap(16, 16)
@@ -157,13 +149,6 @@ class LabelsSection(QWidget):
             self.table.setCurrentCell(row, _NAME)
         elif not self.table.selectedItems():
             self.table.selectRow(row)
-
-    def _fit_height(self) -> None:
-        rows, header = self.table.verticalHeader(), self.table.horizontalHeader()
-        assert rows is not None
-        assert header is not None
-        count = min(max(len(self.session.classes), 1), _MOST_ROWS)
-        self.table.setFixedHeight(header.sizeHint().height() + count * rows.defaultSectionSize() + 4)
 
     @answering
     def _chosen(self, index: int) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeGuard, TypeVar
 
 from napari.utils.notifications import show_error, show_info, show_warning
 from qtpy.QtCore import QEvent, QObject, Qt
 from qtpy.QtGui import QKeyEvent
 from qtpy.QtWidgets import (
+    QAbstractItemView,
     QAbstractSlider,
     QAbstractSpinBox,
     QApplication,
@@ -141,21 +142,30 @@ class Panel(QScrollArea):
             super().keyPressEvent(event)
 
     def showEvent(self, event: Any) -> None:
-        """From the first showing on, the wheel changes no value it passes over, and long names no width."""
-        for kind in (QAbstractSpinBox, QComboBox, QAbstractSlider):
-            for box in self.findChildren(kind):
-                if isinstance(box, QScrollBar):
-                    continue
-                box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
-                box.installEventFilter(self)
-                if isinstance(box, QComboBox):
-                    box.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
-                    box.setMinimumWidth(90)
+        """From the first showing on, the wheel changes no value it passes over, and long names no width.
+
+        Our keys work wherever the focus is, but for where text is written.
+        """
+        for view in self.findChildren(QAbstractItemView):
+            view.installEventFilter(self)
+        for box in filter(_is_box, self.findChildren(QWidget)):
+            box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
+            box.installEventFilter(self)
+            if isinstance(box, QComboBox):
+                box.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
+                box.setMinimumWidth(90)
         super().showEvent(event)
 
     def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
-        """Keep the wheel from boxes."""
-        if event is not None and event.type() == QEvent.Type.Wheel and isinstance(watched, QWidget):
+        """Keep the wheel from boxes, and letters with Shift from boxes and lists, which would search by them."""
+        if isinstance(event, QKeyEvent) and event.type() == QEvent.Type.KeyPress:
+            if (
+                event.modifiers() & Qt.KeyboardModifier.ShiftModifier
+                and Qt.Key.Key_A <= event.key() <= Qt.Key.Key_Z
+            ):
+                event.ignore()  # goes up to the window, which knows our keys
+                return True
+        elif event is not None and event.type() == QEvent.Type.Wheel and _is_box(watched):
             event.ignore()
             return not watched.hasFocus()
         return bool(super().eventFilter(watched, event))
@@ -174,6 +184,12 @@ class Panel(QScrollArea):
         """End when the panel itself is closed."""
         self.life.end()
         super().closeEvent(event)
+
+
+def _is_box(widget: QObject | None) -> TypeGuard[QWidget]:
+    """Whether the wheel would change a value of it; Qt asks a scroll area about its own scroll bars too."""
+    kinds = (QAbstractSpinBox, QComboBox, QAbstractSlider)
+    return isinstance(widget, kinds) and not isinstance(widget, QScrollBar)
 
 
 def button(text: str, tip: str, slot: Callable[..., None]) -> QPushButton:

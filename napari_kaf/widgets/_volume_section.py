@@ -84,7 +84,10 @@ class VolumeSection(QWidget):
             return
         z, y, x = opened.volume.shape
         size = " x ".join(f"{value:.4g}" for value in opened.volume.spacing)
-        say(self.about, f"{z} slices of {y} x {x} pixels; voxels {size} mm (z, y, x), {opened.origin}")
+        say(
+            self.about,
+            f"{z} slice{'s' if z != 1 else ''} of {y} x {x} pixels; voxels {size} mm (z, y, x), {opened.origin}",
+        )
         say(self.notices, "\n".join(f"• {notice}" for notice in opened.volume.notices))
         for box, value in zip(self.spacing_boxes, opened.volume.spacing, strict=True):
             box.setValue(value)

@@ -218,9 +218,10 @@ class PretrainWidget(Panel):
         if steps is None:
             slices = sum(found.info.shape[0] for found in self._found if found.info is not None)
             steps = round((request.training.epochs or 1) * slices / request.training.batch_size)
-        total = seconds * steps
-        told = f"{total / 3600:.1f} h" if total > 5400 else minutes(total)
-        say(self.estimate, f"About {told}: {steps} steps of {seconds:.2f} s each, measured just now.")
+        say(
+            self.estimate,
+            f"About {minutes(seconds * steps)}: {steps} steps of {seconds:.2f} s each, measured just now.",
+        )
 
     def _toggle_pause(self, *_: Any) -> None:
         if self.life.job is None:
@@ -238,6 +239,8 @@ class PretrainWidget(Panel):
         elif isinstance(report, Report) and report.progress.losses:
             losses = {name: value for name, value in report.progress.losses.items() if name != "total"}
             self.curve.add(report.progress.step, losses)
+            if self._paused:
+                self.row.say(f"Paused after step {report.progress.step}.")
 
     def _done(self, outcome: PretrainOutcome) -> None:
         self._show_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 
@@ -273,6 +274,19 @@ def test_a_key_leads_into_the_panel_and_escape_back(labelled, qtbot):
     assert QApplication.focusWidget() is panel.training.row.button
 
 
+@pytest.mark.parametrize("place", ["labels.box", "labels.table", "training.form.minutes", "ledger.strip"])
+def test_keys_work_wherever_the_focus_is(labelled, qtbot, place):
+    viewer, panel = labelled
+    viewer.window.show()
+    viewer.window._qt_window.activateWindow()
+    widget = operator.attrgetter(place)(panel)
+    widget.setFocus()
+    qtbot.waitUntil(lambda: QApplication.focusWidget() is widget)
+    panel.session.go_to(3)
+    qtbot.keyClick(widget, "P", Qt.KeyboardModifier.ShiftModifier)
+    assert panel.session.ledger.states[3] is Cell.PARTIAL
+
+
 def test_export_says_same_grid(labelled, tmp_path):
     _viewer, panel = labelled
     panel.result.export_to(tmp_path / "mine.nii.gz")
@@ -337,7 +351,12 @@ def test_the_wheel_scrolls_and_changes_no_value(labelled, qtbot):
         False,
     )
     before = panel.training.form.minutes.value()
+    panel.resize(340, 300)
+    scroll_bar = panel.verticalScrollBar()
+    qtbot.waitUntil(lambda: scroll_bar.maximum() > 100)
     QApplication.sendEvent(panel.training.form.minutes, turn)
+    QApplication.sendEvent(scroll_bar, turn)
+    assert scroll_bar.value() > 0
     assert panel.training.form.minutes.value() == before
 
 
