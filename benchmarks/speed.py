@@ -1,6 +1,6 @@
 """Times, floating-point operations and memory of every stage, beside our own plain path.
 
-    python benchmarks/speed.py [--shapes a,b,c] [--device cpu] [--repeats 5] [--stages data,training,...]
+    python benchmarks/speed.py [--shapes a,b,c] [--device cpu] [--repeats 5] [--stages data,inference]
     python benchmarks/speed.py --shapes d --device cuda
 
 Shapes: (a) 32 channels, width 256, 12 attention blocks a level, 128 x 128, 128 keypoints, 4 pairs; (b) the same
@@ -194,8 +194,8 @@ def trainers(
     return all_three
 
 
-def training_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
-    """A pretraining step and its parts, a pair; a finetuning step of ten slices."""
+def pretraining_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
+    """A pretraining step and its parts, a pair."""
     model = ModelConfig.preset(shape.preset)
     config = PretrainConfig.preset(shape.preset, batch_size=shape.pairs, epochs=None, steps=10**6)
     network = partial(PretrainingNetwork, model, config)
@@ -211,6 +211,11 @@ def training_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
     yield clock.row("matching loss, a pair", matching(ours, batch), matching(plain, batch), pairs)
     yield clock.row("optimiser, a step", lambda: optimise(ours), lambda: optimise(plain))
     yield from step_rows(clock, "pretraining step, a pair", [ours, plain, recomputing], batch, pairs)
+
+
+def finetuning_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
+    """A finetuning step of ten slices."""
+    model = ModelConfig.preset(shape.preset)
     tuning = FinetuneConfig.preset(shape.preset, epochs=None, steps=10**6)
     for architecture, name in (("kaf-unet", "KAF-UNet"), ("unet", "plain UNet")):
         kind = ModelConfig.preset(shape.preset, architecture=architecture)
@@ -329,7 +334,8 @@ def file_rows(device: torch.device) -> list[Row]:
 
 STAGES: dict[str, Callable[[Clock, Shape], Iterable[Row]] | None] = {
     "data": data_rows,
-    "training": training_rows,
+    "pretraining": pretraining_rows,
+    "finetuning": finetuning_rows,
     "inference": inference_rows,
     "files": None,
 }
@@ -359,7 +365,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--stages", default=",".join(STAGES), help="which of data, training, inference, files; default: all"
+        "--stages",
+        default=",".join(STAGES),
+        help="default: data,pretraining,finetuning,inference,files",
     )
     options = parser.parse_args()
     device = choose_device(options.device)
