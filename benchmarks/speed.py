@@ -7,15 +7,18 @@ Shapes: (a) 32 channels, width 256, 12 attention blocks a level, 128 x 128, 128 
 at 224 x 224, 256 keypoints, 2 pairs; (c) preset `small`, 128 x 128, up to 545 keypoints; (d) preset `paper-acdc`
 at 352 x 352, 512 keypoints, 32 pairs, for a GPU. The plain path is `benchmarks/plain.py`: float32, channels first,
 dense diffusion, masked attention, stored transport. Both are measured in the same run, call by call in turn,
-because machines are noisy; times are medians. FLOPs are those of the multiplications that torch counts. "Share
-of peak" is the time that they would take at the rate this machine reached, in the same run, in a large
-convolution and in a large matrix product of the type used, as a part of the time taken. Lines "recomputing" are
-those before them with the setting `recompute`, beside the same plain path.
+because machines are noisy; times are medians, with `--processor-time` of one thread's processor time. FLOPs are
+those of the multiplications that torch counts. "Share of peak" is the time that they would take at the rate this
+machine reached, in the same run, in a large convolution and in a large matrix product of the type used, as a part
+of the time taken. Lines "recomputing" are those before them with the setting `recompute`, beside the same plain
+path.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -85,17 +88,27 @@ class Row:
     memory: tuple[int, int | None] | None = None
 
 
+def processor_time() -> float:
+    """Seconds of the processor that this process and those it waited for have used."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 class Clock:
     """Measures calls on a device.
 
     Args:
         device: Where they compute.
         repeats: Calls whose median is taken, after one to warm up.
+        now: What tells the seconds.
     """
 
-    def __init__(self, device: torch.device, repeats: int) -> None:
+    def __init__(
+        self, device: torch.device, repeats: int, now: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.device = device
         self.repeats = repeats
+        self.now = now
         kind = torch.bfloat16 if has_bfloat16(device) else torch.float32
         maps = torch.randn(8, 256, 64, 64, device=device, dtype=kind).contiguous(
             memory_format=torch.channels_last
@@ -114,11 +127,11 @@ class Clock:
 
     def once(self, work: Callable[[], object]) -> float:
         """Seconds of a call."""
-        started = time.perf_counter()
+        started = self.now()
         work()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return self.now() - started
 
     def fastest(self, work: Callable[[], object]) -> float:
         """Least seconds of a few calls."""
@@ -233,8 +246,12 @@ def step_rows(
     own, plain, recomputing = (
         partial(next, trainer.run(lambda _step, _parts: [batch], stage="timing")) for trainer in three
     )
-    yield clock.row(stage, own, plain, per)
-    yield clock.row(f"{stage}, recomputing", recomputing, plain, per)
+    kept = clock.row(stage, own, plain, per)
+    yield kept
+    times = [clock.once(recomputing) for _ in range(1 + clock.repeats)]
+    memory = (peak_bytes(recomputing, clock.device), kept.memory and kept.memory[1])
+    seconds = statistics.median(times[1:]) / per
+    yield replace(kept, stage=f"{stage}, recomputing", ours=seconds, memory=memory)
 
 
 def optimise(trainer: Trainer) -> None:
@@ -300,15 +317,14 @@ def data_rows(clock: Clock, shape: Shape) -> list[Row]:
     ]
 
 
-def file_rows(device: torch.device) -> list[Row]:
+def file_rows(clock: Clock) -> list[Row]:
     """Start-up, and a 216 x 256 x 10 volume from file to file with `small`, in processes of their own."""
 
     def seconds(*command: str) -> float:
-        started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        silent = subprocess.DEVNULL
+        return clock.once(
+            lambda: subprocess.run([sys.executable, *command], check=True, stdout=silent, stderr=silent)
         )
-        return time.perf_counter() - started
 
     with tempfile.TemporaryDirectory() as folder:
         source, model, out = (
@@ -319,7 +335,7 @@ def file_rows(device: torch.device) -> list[Row]:
         config = ModelConfig.preset("small", num_classes=4)
         classes = tuple(ClassLabel(value, f"class {value}") for value in range(4))
         Model(build_network(config).eval(), config, SliceConfig(), KeypointConfig(), classes).save(model)
-        options = ["--model", str(model), "-o", str(out), "--overwrite", "--device", device.type]
+        options = ["--model", str(model), "-o", str(out), "--overwrite", "--device", clock.device.type]
         importing = min(
             seconds("-c", "import kaf_model.cli, kaf_model.segment_files, kaf_model.checkpoint")
             for _ in range(2)
@@ -369,11 +385,19 @@ def main() -> None:
         default=",".join(STAGES),
         help="default: data,pretraining,finetuning,inference,files",
     )
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="one thread, and its processor time instead of the clock's: for a CPU that others use as well",
+    )
     options = parser.parse_args()
     device = choose_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
-    clock = Clock(device, options.repeats)
+    if options.processor_time:
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+    clock = Clock(device, options.repeats, processor_time if options.processor_time else time.perf_counter)
     convolution, product = (peak / 1e9 for peak in clock.peaks)
     kind = "bfloat16" if has_bfloat16(device) else "float32"
     print(f"device {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {kind}")
@@ -385,7 +409,7 @@ def main() -> None:
         print_rows(chain.from_iterable(rows(clock, shape) for rows in chosen if rows), clock)
     if "files" in options.stages.split(","):
         print("\nprocesses of their own\n")
-        print_rows(file_rows(device), clock)
+        print_rows(file_rows(clock), clock)
 
 
 if __name__ == "__main__":
