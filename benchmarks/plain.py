@@ -23,7 +23,7 @@ def plain_path() -> Iterator[None]:
     """Make every network that runs inside the block take the plain path."""
     with (
         mock.patch.object(attention, "attend", attend_padded),
-        mock.patch.object(fusion, "sparse_convolution", dense_convolution),
+        mock.patch.object(fusion, "keypoint_convolution", dense_convolution),
         mock.patch.object(unet.Upsample, "forward", nn.ConvTranspose2d.forward),
         mock.patch.object(matching, "log_optimal_transport", padded_transport),
         mock.patch.object(matching, "_LogSinkhorn", StoredSinkhorn),
@@ -34,16 +34,13 @@ def plain_path() -> Iterator[None]:
 def dense_convolution(
     convolution: nn.Module, rows: Tensor, cells: Tensor, keypoints: PackedKeypoints, size: tuple[int, int]
 ) -> Tensor:
-    """`sparse_convolution` by scattering into an empty map and convolving all of it."""
-    height, width = size
-    flat = (keypoints.image * height + cells[:, 0]) * width + cells[:, 1]
-    empty = rows.new_zeros(len(keypoints.valid) * height * width, rows.shape[1])
-    sharing = empty[:, :1].index_add(0, flat, rows.new_ones(len(rows), 1))[flat]
-    scattered = empty.index_add(0, flat, rows / sharing)
-    spread: Tensor = convolution(
-        scattered.view(-1, height, width, rows.shape[1]).permute(0, 3, 1, 2).contiguous()
-    )
-    return spread
+    """`keypoint_convolution` of a dense map with its channels first."""
+
+    def channels_first(scattered: Tensor) -> Tensor:
+        spread: Tensor = convolution(scattered.contiguous())
+        return spread
+
+    return fusion.dense_convolution(channels_first, rows, cells, keypoints, size)
 
 
 def padded_transport(

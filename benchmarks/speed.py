@@ -1,19 +1,24 @@
 """Times, floating-point operations and memory of every stage, beside our own plain path.
 
-    python benchmarks/speed.py [--shapes a,b,c,d] [--device cpu] [--repeats 5] [--no-files]
+    python benchmarks/speed.py [--shapes a,b,c] [--device cpu] [--repeats 5] [--stages data,inference]
+    python benchmarks/speed.py --shapes d --device cuda
 
 Shapes: (a) 32 channels, width 256, 12 attention blocks a level, 128 x 128, 128 keypoints, 4 pairs; (b) the same
 at 224 x 224, 256 keypoints, 2 pairs; (c) preset `small`, 128 x 128, up to 545 keypoints; (d) preset `paper-acdc`
 at 352 x 352, 512 keypoints, 32 pairs, for a GPU. The plain path is `benchmarks/plain.py`: float32, channels first,
 dense diffusion, masked attention, stored transport. Both are measured in the same run, call by call in turn,
-because machines are noisy; times are medians. FLOPs are those of the multiplications that torch counts. "Share
-of peak" is the time that they would take at the rate this machine reached, in the same run, in a large
-convolution and in a large matrix product of the type used, as a part of the time taken.
+because machines are noisy; times are medians, with `--processor-time` of one thread's processor time. FLOPs are
+those of the multiplications that torch counts. "Share of peak" is the time that they would take at the rate this
+machine reached, in the same run, in a large convolution and in a large matrix product of the type used, as a part
+of the time taken. Lines "recomputing" are those before them with the setting `recompute`, beside the same plain
+path.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,12 +37,13 @@ import torch
 from plain import plain_path
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kaf_model.checkpoint import ClassLabel, Model
 from kaf_model.compute import peak_bytes
 from kaf_model.config import FinetuneConfig, KeypointConfig, ModelConfig, PretrainConfig, SliceConfig
-from kaf_model.datasets import LabelledBatch, LabelledSlices, PretrainingBatch, Views
+from kaf_model.datasets import LabelledBatch, LabelledSlices, PretrainingBatch, Shard, Views
 from kaf_model.engine import Trainer, choose_device, has_bfloat16, make_fabric
 from kaf_model.finetune import FinetuningNetwork
 from kaf_model.heap import keep_freed_memory
@@ -72,14 +78,20 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; plain, operations and memory are None where they are not measured."""
+    """One line of the table; plain and memory are None where they are not measured or do not fit."""
 
     stage: str
     ours: float
     plain: float | None = None
     flops: tuple[int, int] = (0, 0)
     """In convolutions and in matrix products."""
-    memory: tuple[int, int] | None = None
+    memory: tuple[int, int | None] | None = None
+
+
+def processor_time() -> float:
+    """Seconds of the processor that this process and those it waited for have used."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 class Clock:
@@ -88,11 +100,15 @@ class Clock:
     Args:
         device: Where they compute.
         repeats: Calls whose median is taken, after one to warm up.
+        now: What tells the seconds.
     """
 
-    def __init__(self, device: torch.device, repeats: int) -> None:
+    def __init__(
+        self, device: torch.device, repeats: int, now: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.device = device
         self.repeats = repeats
+        self.now = now
         kind = torch.bfloat16 if has_bfloat16(device) else torch.float32
         maps = torch.randn(8, 256, 64, 64, device=device, dtype=kind).contiguous(
             memory_format=torch.channels_last
@@ -111,11 +127,11 @@ class Clock:
 
     def once(self, work: Callable[[], object]) -> float:
         """Seconds of a call."""
-        started = time.perf_counter()
+        started = self.now()
         work()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return self.now() - started
 
     def fastest(self, work: Callable[[], object]) -> float:
         """Least seconds of a few calls."""
@@ -134,17 +150,21 @@ class Clock:
 
     def row(self, stage: str, ours: Callable[[], object], plain: Callable[[], object], per: int = 1) -> Row:
         """Measure a stage of the network by both paths; everything is divided by `per` but the memory."""
-        fast, slow = (seconds / per for seconds in self.both(ours, plain))
-        with FlopCounterMode(display=False) as counter:
+        try:
+            fast, slow = (seconds / per for seconds in self.both(ours, plain))
+            with plain_path():
+                plain_memory = peak_bytes(plain, self.device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            fast, slow, plain_memory = self.fastest(ours) / per, None, None
+        # Attention is counted as its products: torch does not count its fused kernel on CPUs.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             ours()
         by_kind = [0, 0]
         for name, count in counter.get_flop_counts().get("Global", {}).items():
             by_kind["convolution" not in str(name)] += count // per
-        memory = []
-        for work, path in ((ours, nullcontext), (plain, plain_path)):
-            with path():
-                memory.append(peak_bytes(work, self.device))
-        return Row(stage, fast, slow, (by_kind[0], by_kind[1]), (memory[0], memory[1]))
+        memory = (peak_bytes(ours, self.device), plain_memory)
+        return Row(stage, fast, slow, (by_kind[0], by_kind[1]), memory)
 
     def share(self, row: Row) -> float:
         """Share of this machine's peak that a stage reaches."""
@@ -174,23 +194,25 @@ def pair_batch(shape: Shape, device: torch.device) -> PretrainingBatch:
 def trainers(
     make: Callable[[], nn.Module], config: PretrainConfig | FinetuneConfig, device: str
 ) -> list[Trainer]:
-    """A trainer of our path and one of the plain path, of networks that start alike."""
-    both = []
-    for precision in ("auto", "float32"):
+    """A trainer of our path, one of the plain path, and one that recomputes, of networks that start alike."""
+    all_three = []
+    for precision, recompute in (("auto", False), ("float32", False), ("auto", True)):
         torch.manual_seed(0)
         module = make()
         groups = [{"params": list(module.parameters()), "rate": 1.0}]
         fabric = make_fabric(device, precision=precision)
-        both.append(Trainer(module, config, fabric=fabric, groups=groups, slices_per_epoch=1000))
-    both[1].raw_module.to(memory_format=torch.contiguous_format)
-    return both
+        settings = config.override(recompute=recompute)
+        all_three.append(Trainer(module, settings, fabric=fabric, groups=groups, slices_per_epoch=1000))
+    all_three[1].raw_module.to(memory_format=torch.contiguous_format)
+    return all_three
 
 
-def training_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
-    """A pretraining step and its parts, a pair; a finetuning step of ten slices."""
+def pretraining_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
+    """A pretraining step and its parts, a pair."""
     model = ModelConfig.preset(shape.preset)
     config = PretrainConfig.preset(shape.preset, batch_size=shape.pairs, epochs=None, steps=10**6)
-    ours, plain = trainers(lambda: PretrainingNetwork(model, config), config, clock.device.type)
+    network = partial(PretrainingNetwork, model, config)
+    ours, plain, recomputing = trainers(network, config, clock.device.type)
     batch, pairs = pair_batch(shape, clock.device), shape.pairs
     yield clock.row("forward, a pair", lambda: ours.module(batch), lambda: plain.module(batch), pairs)
     yield clock.row(
@@ -201,21 +223,35 @@ def training_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
     )
     yield clock.row("matching loss, a pair", matching(ours, batch), matching(plain, batch), pairs)
     yield clock.row("optimiser, a step", lambda: optimise(ours), lambda: optimise(plain))
-    steps = [trainer.run(lambda _step, _parts: [batch], stage="timing") for trainer in (ours, plain)]
-    yield clock.row("pretraining step, a pair", lambda: next(steps[0]), lambda: next(steps[1]), pairs)
+    yield from step_rows(clock, "pretraining step, a pair", [ours, plain, recomputing], batch, pairs)
+
+
+def finetuning_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
+    """A finetuning step of ten slices."""
+    model = ModelConfig.preset(shape.preset)
     tuning = FinetuneConfig.preset(shape.preset, epochs=None, steps=10**6)
     for architecture, name in (("kaf-unet", "KAF-UNet"), ("unet", "plain UNet")):
         kind = ModelConfig.preset(shape.preset, architecture=architecture)
         make = partial(lambda kind: FinetuningNetwork(build_network(kind), tuning), kind)
-        pair = trainers(make, tuning, clock.device.type)
+        three = trainers(make, tuning, clock.device.type)
         labels = torch.randint(model.num_classes, (10, shape.side, shape.side), device=clock.device)
         labelled = LabelledBatch(views(shape, 10, clock.device), labels)
-        own, other = (trainer.run(partial(_same, labelled), stage="timing") for trainer in pair)
-        yield clock.row(f"finetuning step, {name}, ten slices", partial(next, own), partial(next, other))
+        yield from step_rows(clock, f"finetuning step, {name}, ten slices", three, labelled)
 
 
-def _same(batch: LabelledBatch, _step: int, _parts: int) -> list[LabelledBatch]:
-    return [batch]
+def step_rows(
+    clock: Clock, stage: str, three: list[Trainer], batch: PretrainingBatch | LabelledBatch, per: int = 1
+) -> Iterator[Row]:
+    """Whole steps on one batch, keeping activations and recomputing them."""
+    own, plain, recomputing = (
+        partial(next, trainer.run(lambda _step, _parts: [batch], stage="timing")) for trainer in three
+    )
+    kept = clock.row(stage, own, plain, per)
+    yield kept
+    times = [clock.once(recomputing) for _ in range(1 + clock.repeats)]
+    memory = (peak_bytes(recomputing, clock.device), kept.memory and kept.memory[1])
+    seconds = statistics.median(times[1:]) / per
+    yield replace(kept, stage=f"{stage}, recomputing", ours=seconds, memory=memory)
 
 
 def optimise(trainer: Trainer) -> None:
@@ -271,24 +307,24 @@ def data_rows(clock: Clock, shape: Shape) -> list[Row]:
     config = FinetuneConfig.preset("small", augment={"crop": (shape.side, shape.side)})
     data = LabelledSlices(labelled, augment=config.augment, foreground=0.33, batch_size=10, seed=0)
     step = iter(range(10**6))
-    seconds = statistics.median(
-        clock.once(lambda: data.batch(next(step), clock.device)) for _ in range(clock.repeats + 2)
+    together, one_by_one = clock.both(
+        lambda: data.batch(next(step), clock.device),
+        lambda: [data.batch(0, clock.device, Shard(part, 10)) for part in range(10)],
     )
     return [
-        Row("detection (SIFT), a slice", parallel / 10, serial / 10),
-        Row("augmentation, a slice", seconds / 10),
+        Row("detection (SIFT), a slice, beside one by one", parallel / 10, serial / 10),
+        Row("augmentation, a slice, beside one by one", together / 10, one_by_one / 10),
     ]
 
 
-def file_rows(device: torch.device) -> list[Row]:
+def file_rows(clock: Clock) -> list[Row]:
     """Start-up, and a 216 x 256 x 10 volume from file to file with `small`, in processes of their own."""
 
     def seconds(*command: str) -> float:
-        started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        silent = subprocess.DEVNULL
+        return clock.once(
+            lambda: subprocess.run([sys.executable, *command], check=True, stdout=silent, stderr=silent)
         )
-        return time.perf_counter() - started
 
     with tempfile.TemporaryDirectory() as folder:
         source, model, out = (
@@ -299,7 +335,7 @@ def file_rows(device: torch.device) -> list[Row]:
         config = ModelConfig.preset("small", num_classes=4)
         classes = tuple(ClassLabel(value, f"class {value}") for value in range(4))
         Model(build_network(config).eval(), config, SliceConfig(), KeypointConfig(), classes).save(model)
-        options = ["--model", str(model), "-o", str(out), "--overwrite", "--device", device.type]
+        options = ["--model", str(model), "-o", str(out), "--overwrite", "--device", clock.device.type]
         importing = min(
             seconds("-c", "import kaf_model.cli, kaf_model.segment_files, kaf_model.checkpoint")
             for _ in range(2)
@@ -312,6 +348,15 @@ def file_rows(device: torch.device) -> list[Row]:
     ]
 
 
+STAGES: dict[str, Callable[[Clock, Shape], Iterable[Row]] | None] = {
+    "data": data_rows,
+    "pretraining": pretraining_rows,
+    "finetuning": finetuning_rows,
+    "inference": inference_rows,
+    "files": None,
+}
+
+
 def print_rows(rows: Iterable[Row], clock: Clock) -> None:
     """Print a table in Markdown."""
     print("| stage | ours | plain path | ratio | GFLOP | share of peak | peak memory, ours / plain |")
@@ -319,7 +364,8 @@ def print_rows(rows: Iterable[Row], clock: Clock) -> None:
     for row in rows:
         plain = f"{_time(row.plain)} | {row.plain / row.ours:.1f}" if row.plain is not None else " | "
         counted = f"{sum(row.flops) / 1e9:.1f} | {clock.share(row):.0%}" if any(row.flops) else " | "
-        memory = f"{row.memory[0] / 2**20:.0f} / {row.memory[1] / 2**20:.0f} MiB" if row.memory else ""
+        memory = " / ".join("-" if part is None else f"{part / 2**20:.0f}" for part in row.memory or ())
+        memory += " MiB" if memory else ""
         print(f"| {row.stage} | {_time(row.ours)} | {plain} | {counted} | {memory} |", flush=True)
 
 
@@ -334,24 +380,36 @@ def main() -> None:
     parser.add_argument("--shapes", default="a,b,c", help="which of a, b, c, d; an empty word for none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-files", action="store_true", help="leave out start-up and the volume")
+    parser.add_argument(
+        "--stages",
+        default=",".join(STAGES),
+        help="default: data,pretraining,finetuning,inference,files",
+    )
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="one thread, and its processor time instead of the clock's: for a CPU that others use as well",
+    )
     options = parser.parse_args()
     device = choose_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
-    clock = Clock(device, options.repeats)
+    if options.processor_time:
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+    clock = Clock(device, options.repeats, processor_time if options.processor_time else time.perf_counter)
     convolution, product = (peak / 1e9 for peak in clock.peaks)
-    print(f"device {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    kind = "bfloat16" if has_bfloat16(device) else "float32"
+    print(f"device {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {kind}")
     print(f"measured peak: {convolution:.0f} GFLOP/s in convolutions, {product:.0f} in matrix products")
+    chosen = [STAGES[stage] for stage in options.stages.split(",")]
     for name in filter(None, options.shapes.split(",")):
         shape = SHAPES[name]
         print(f"\n({name}) {shape}\n")
-        print_rows(
-            chain(data_rows(clock, shape), training_rows(clock, shape), inference_rows(clock, shape)), clock
-        )
-    if not options.no_files:
-        print()
-        print_rows(file_rows(device), clock)
+        print_rows(chain.from_iterable(rows(clock, shape) for rows in chosen if rows), clock)
+    if "files" in options.stages.split(","):
+        print("\nprocesses of their own\n")
+        print_rows(file_rows(clock), clock)
 
 
 if __name__ == "__main__":

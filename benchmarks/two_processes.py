@@ -4,8 +4,8 @@
     python benchmarks/two_processes.py [--steps 6]
 
 Each line trains the same `small` network on the same joint batches, pretraining on a synthetic cohort, and
-prints pairs a second and the losses of the first step, which are to be the same. Every process has one
-thread, so that two may use two cores.
+prints pairs a second, the processor time of a step, which others' work on the machine hardly changes, and the
+losses of the first step, which are to be the same. Every process has one thread, so that two may use two cores.
 """
 
 from __future__ import annotations
@@ -50,14 +50,21 @@ def main() -> None:
             ModelConfig.preset("small"), volumes, training, fabric=fabric, cache=KeypointCache(folder)
         )
         ends: list[float] = []
+        processor: list[float] = []
         first: dict[str, float] = {}
         for progress in work:
             if progress.losses:
                 ends.append(time.monotonic())
+                processor.append(time.process_time())
                 first = first or {name: round(value, 4) for name, value in progress.losses.items()}
+    steps = len(ends) - 2  # the first steps warm up
+    busy = fabric.all_reduce(torch.tensor((processor[-1] - processor[1]) / steps), reduce_op="max")
     if fabric.is_global_zero:
-        rate = (len(ends) - 2) * training.batch_size / (ends[-1] - ends[1])  # the first steps warm up
-        print(f"{fabric.world_size} processes of one thread: {rate:.2f} pairs a second; first losses {first}")
+        rate = steps * training.batch_size / (ends[-1] - ends[1])
+        print(
+            f"{fabric.world_size} processes of one thread: {rate:.2f} pairs a second, {float(busy):.2f} s of processor "
+            f"time a step in the slower process; first losses {first}"
+        )
 
 
 if __name__ == "__main__":

@@ -13,20 +13,26 @@ from torch.utils.checkpoint import checkpoint
 
 from kaf_model.attention import AttentionBlock
 from kaf_model.normalization import BatchNorm, recomputation
+from kaf_model.unet import Decoder
 
 
 def checkpoint_activations(network: nn.Module) -> int:
     """Make the attention blocks and the normalised convolution blocks of a network recompute, in place.
 
-    Parameters keep their names.
+    Those of a decoder also recompute what they read: the upsampled map beside the encoder's. Parameters keep
+    their names.
 
     Returns:
         How many blocks it was.
     """
-    blocks = [module for module in network.modules() if _is_block(module)]
+    decoders = [module for module in network.modules() if isinstance(module, Decoder)]
+    joined = {block for decoder in decoders for block in decoder.blocks}
+    blocks = [module for module in network.modules() if _is_block(module) and module not in joined]
     for block in blocks:
         block.forward = _Recomputing(block.forward)
-    return len(blocks)
+    for decoder in decoders:
+        decoder.join = _Recomputing(decoder.join)  # type: ignore[method-assign, assignment]
+    return len(blocks) + len(joined)
 
 
 def _is_block(module: nn.Module) -> bool:

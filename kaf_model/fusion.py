@@ -71,7 +71,7 @@ class KafLayer(nn.Module):
         for block in self.attention:
             embeddings = block(embeddings, keypoints)
         first, normalise, activate, second = self.diffusion
-        spread = sparse_convolution(first, embeddings, cells, keypoints, (height, width))
+        spread = keypoint_convolution(first, embeddings, cells, keypoints, (height, width))
         spread = second(activate(normalise(spread)))
         return torch.cat([features, spread.to(features.dtype)], dim=1), embeddings
 
@@ -92,13 +92,12 @@ def _flat_index(cells: Tensor, keypoints: PackedKeypoints, height: int, width: i
     return (keypoints.image * height + cells[:, 0]) * width + cells[:, 1]
 
 
-def sparse_convolution(
+def keypoint_convolution(
     convolution: nn.Module, rows: Tensor, cells: Tensor, keypoints: PackedKeypoints, size: tuple[int, int]
 ) -> Tensor:
-    """3x3 convolution of a map that is zero except at keypoints, evaluated only where they are.
+    """3x3 convolution of a map that is zero except at keypoints, by the way that has less to multiply.
 
-    Several keypoints in one cell count with their mean. Equal to scattering `rows` into an empty map
-    and convolving that with zero padding.
+    Several keypoints in one cell count with their mean.
 
     Args:
         convolution: An `nn.Conv2d` with a 3x3 kernel, E -> D channels, and a bias.
@@ -110,12 +109,32 @@ def sparse_convolution(
     Returns:
         (B, D, H, W), channels last in memory.
     """
+    crowded = len(rows) > len(keypoints.valid) * size[0] * size[1]  # more keypoints than cells: a coarse map
+    convolve = dense_convolution if crowded else sparse_convolution
+    return convolve(convolution, rows, cells, keypoints, size)
+
+
+def dense_convolution(
+    convolution: nn.Module, rows: Tensor, cells: Tensor, keypoints: PackedKeypoints, size: tuple[int, int]
+) -> Tensor:
+    """`keypoint_convolution` by scattering into an empty map and convolving all of it."""
+    height, width = size
+    flat, sharing = _sharing(cells, keypoints, size)
+    empty = rows.new_zeros(len(keypoints.valid) * height * width, rows.shape[1])
+    scattered = empty.index_add(0, flat, rows / sharing[:, None].to(rows.dtype))
+    spread: Tensor = convolution(scattered.view(-1, height, width, rows.shape[1]).permute(0, 3, 1, 2))
+    return spread
+
+
+def sparse_convolution(
+    convolution: nn.Module, rows: Tensor, cells: Tensor, keypoints: PackedKeypoints, size: tuple[int, int]
+) -> Tensor:
+    """`keypoint_convolution` evaluated only at the 3x3 neighbourhoods of keypoints."""
     assert isinstance(convolution, nn.Conv2d)
     assert convolution.bias is not None
     height, width = size
     batch, channels = len(keypoints.valid), convolution.out_channels
-    flat = _flat_index(cells, keypoints, height, width)
-    sharing = flat.new_zeros(batch * height * width).index_add(0, flat, torch.ones_like(flat))[flat]
+    _, sharing = _sharing(cells, keypoints, size)
     kernel = convolution.weight.permute(1, 2, 3, 0).flatten(1)  # (E, 9 * D)
     taps = ((rows / sharing[:, None].to(rows.dtype)) @ kernel).view(-1, channels)  # (T * 9, D)
     # The keypoint at p is read by the output at p - offset, for each offset of the kernel from its middle. A
@@ -128,3 +147,10 @@ def sparse_convolution(
     spread = spread.index_add(0, targets.flatten(), taps)
     spread = spread.view(batch, height + 2, stride, channels)[:, 1:-1, 1:-1]
     return spread.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _sharing(cells: Tensor, keypoints: PackedKeypoints, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Each keypoint's cell among those of all slices, and how many keypoints are in it, (T,) both."""
+    flat = _flat_index(cells, keypoints, *size)
+    empty = flat.new_zeros(len(keypoints.valid) * size[0] * size[1])
+    return flat, empty.index_add(0, flat, torch.ones_like(flat))[flat]

@@ -158,7 +158,8 @@ def _joint_statistics(input: Tensor) -> tuple[Tensor, Tensor, float]:
     values = input.numel() // input.shape[1]
     own = torch.zeros(3, input.shape[1], device=input.device)  # counts, means and variances
     if values:
-        mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
+        scratch = torch.zeros(2, input.shape[1], device=input.device)  # without it half precision stays half
+        mean, variance = torch.batch_norm_update_stats(input, scratch[0], scratch[1], 0.0)
         own = torch.stack([torch.full_like(mean, values), mean, variance])
     counts, means, variances = gather_over_ranks(own[None]).unbind(1)  # (ranks, C) each
     count = counts.sum(0).clamp(min=1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 from kaf_model.attention import PackedKeypoints
@@ -89,6 +90,33 @@ class _UpsampleOnCpu(torch.autograd.Function):
         return torch.conv2d(gradient, weight, stride=2), grad_weight, gradient.sum((0, 2, 3))
 
 
+class Halve(nn.Module):
+    """Maximum of 2 x 2 pixels; where it was is found again in the backward pass, from a map that is kept anyway."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, H, W) of even H and W -> (B, C, H / 2, W / 2)."""
+        halved: Tensor = _HalveAndFindAgain.apply(features)  # type: ignore[no-untyped-call]
+        return halved
+
+
+class _HalveAndFindAgain(torch.autograd.Function):
+    """Max pooling that keeps its input instead of an index of 8 bytes a pixel."""
+
+    @staticmethod
+    def forward(context: Any, features: Tensor) -> Tensor:
+        context.save_for_backward(features)
+        return functional.max_pool2d(features, 2)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        (features,) = context.saved_tensors
+        _, where = functional.max_pool2d_with_indices(features, [2, 2])
+        found: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
+            gradients[0], features, [2, 2], [2, 2], [0, 0], [1, 1], False, where
+        )
+        return found
+
+
 class FeatureEncoder(nn.Module):
     """What every encoder offers to decoders and to the heads of the pretraining.
 
@@ -135,7 +163,7 @@ class Encoder(FeatureEncoder):
             self.widths.append(channels_in)
             self.decoder_widths.append(channels_in if config.decoder == "wide" else channels)
         self.bottleneck_width = 2 * self.decoder_widths[-1]
-        self.pool: nn.Module = nn.MaxPool2d(2)
+        self.pool: nn.Module = Halve()
         self.centre = nn.Sequential(
             nn.Conv2d(channels_in, self.bottleneck_width, 3, padding=1),
             nn.ReLU(inplace=True),
@@ -188,9 +216,14 @@ class Decoder(nn.Module):
     def forward(self, encoded: EncoderOutput) -> Tensor:
         """Encoder output -> (B, C, H, W)."""
         features = encoded.bottleneck
-        for upsample, block, skip in zip(self.upsample, self.blocks, reversed(encoded.maps), strict=True):
-            features = block(torch.cat([upsample(features), skip], dim=1))
+        for step, skip in enumerate(reversed(encoded.maps)):
+            features = self.join(step, features, skip)
         return features
+
+    def join(self, step: int, features: Tensor, skip: Tensor) -> Tensor:
+        """One step up: (B, C, H, W), and the encoder's map (B, S, 2 H, 2 W) -> (B, D, 2 H, 2 W)."""
+        joined: Tensor = self.blocks[step](torch.cat([self.upsample[step](features), skip], dim=1))
+        return joined
 
 
 class SegmentationNetwork(nn.Module):

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from kaf_model import fusion
 from kaf_model.attention import PackedKeypoints
-from kaf_model.fusion import KafLayer, sparse_convolution
+from kaf_model.fusion import KafLayer, dense_convolution, sparse_convolution
 from kaf_model.geometry import level_cells
 
 H, W = 12, 16
@@ -45,15 +46,16 @@ def test_two_keypoints_in_a_cell_count_with_their_mean():
     assert spread.tolist() == [[[[17, 10, 10], [10, 10, 13]]]]
 
 
+@pytest.mark.parametrize("way", [sparse_convolution, dense_convolution])
 @pytest.mark.parametrize("counts", [[40, 7, 0], [1, 0, 0], [0, 0, 1], [200, 200, 200]])
-def test_sparse_convolution_is_the_dense_one(counts):
+def test_either_convolution_is_that_of_the_scattered_map(counts, way):
     torch.manual_seed(0)
     convolution = nn.Conv2d(5, 6, 3, padding=1)
     keypoints = keypoints_of(counts)
     cells = level_cells(keypoints.positions, 1, H // 2, W // 2)
     results = []
     for convolve in (
-        lambda rows: sparse_convolution(convolution, rows, cells, keypoints, (H // 2, W // 2)),
+        lambda rows: way(convolution, rows, cells, keypoints, (H // 2, W // 2)),
         lambda rows: convolution(dense_mean(rows, cells, keypoints, (H // 2, W // 2))),
     ):
         rows = torch.randn(len(keypoints), 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -64,6 +66,16 @@ def test_sparse_convolution_is_the_dense_one(counts):
     for ours, theirs in zip(*results, strict=True):
         assert ours.shape == theirs.shape
         assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("counts", "name"), [([48, 48], "sparse_convolution"), ([49, 48], "dense_convolution")]
+)
+def test_a_map_with_fewer_cells_than_keypoints_is_convolved_as_a_whole(counts, name, monkeypatch):
+    monkeypatch.setattr(fusion, name, lambda *_: name)
+    keypoints = keypoints_of(counts)
+    cells = level_cells(keypoints.positions, 1, H // 2, W // 2)
+    assert fusion.keypoint_convolution(None, keypoints.positions, cells, keypoints, (H // 2, W // 2)) == name
 
 
 def test_without_keypoints_only_the_bias_is_left():

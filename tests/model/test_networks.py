@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kaf_model.config import ModelConfig
-from kaf_model.unet import Upsample, build_network
+from kaf_model.unet import Halve, Upsample, build_network
 
 SIZE = (48, 64)
 
@@ -260,6 +260,18 @@ def test_upsampling_is_the_transposed_convolution():
         results.append((out, *gradients))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+def test_halving_is_max_pooling():
+    torch.manual_seed(0)
+    features = torch.randn(2, 3, 12, 16).round(decimals=0).requires_grad_()  # with ties
+    weight = torch.randn(2, 3, 6, 8)
+    results = []
+    for pool in (Halve(), nn.MaxPool2d(2)):
+        halved = pool(features)
+        results.append([halved, *torch.autograd.grad((halved * weight).sum(), features)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_upsampling_obeys_autocast():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from kaf_model import normalization
 from kaf_model.losses import IGNORED, cross_entropy, matching_loss, positional_contrastive_loss, soft_dice
 from kaf_model.matching import Matches
 from kaf_model.normalization import BatchNorm, gather_over_ranks, is_distributed, sum_over_ranks
@@ -65,6 +66,17 @@ def test_one_process_is_not_distributed():
     assert not is_distributed()
     assert sum_over_ranks(value) is value
     assert gather_over_ranks(value) is value
+
+
+@pytest.mark.parametrize("shape", [(4, CHANNELS, 6, 8), (9, CHANNELS)])
+def test_statistics_of_half_precision_are_in_full(shape):
+    maps = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2 + 1).bfloat16()
+    mean, variance, count = normalization._joint_statistics(maps)
+    axes = [axis for axis in range(len(shape)) if axis != 1]
+    expected_variance, expected_mean = torch.var_mean(maps.float(), axes, correction=0)
+    assert torch.allclose(mean, expected_mean, atol=1e-5)
+    assert torch.allclose(variance, expected_variance, atol=1e-5)
+    assert count == maps.numel() / CHANNELS
 
 
 # Two processes. Each case is a function of the joint batch's rows that one process has; the test runs it
