@@ -41,7 +41,7 @@ def test_smaller_batches_are_tried_and_said_once(labelled, qtbot, notifications,
     finish(panel, qtbot)
     said = [text for text in notifications if text.startswith("memory ran out")]
     assert sorted(said) == [
-        "memory ran out: each step now runs in 8 parts",
+        "memory ran out: each step now runs in 2 parts",
         "memory ran out: slices are now segmented 2 at a time",
     ]
     assert panel.session.results.labels is not None
