@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -119,7 +118,9 @@ class Volume:
         if self.num_slices == 1:
             return np.full(1, 0.5, dtype=np.float32)
         positions = np.linspace(0, 1, self.num_slices, dtype=np.float32)
-        ascending = nib.io_orientation(self.affine)[0, 1] > 0
+        from nibabel.orientations import io_orientation
+
+        ascending = io_orientation(self.affine)[0, 1] > 0
         return positions if ascending else positions[::-1].copy()
 
     def along(self, slice_axis: int) -> Volume:

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -113,7 +112,9 @@ def choose_source(stored: Stored | Source, slice_axis: int | None, frame: int) -
         slice_axis = _slice_axis(size, spacing_of(stored.affine))
     elif slice_axis not in (0, 1, 2):
         raise VolumeError(f"{stored.path}: slice_axis must be a stored axis, 0, 1 or 2, got {slice_axis}")
-    orientation = nib.io_orientation(stored.affine)  # (3, 2): world axis and sign of each stored axis
+    from nibabel.orientations import io_orientation
+
+    orientation = io_orientation(stored.affine)  # (3, 2): world axis and sign of each stored axis
     others = [axis for axis in range(3) if axis != slice_axis]
     across, down = sorted(others, key=lambda axis: float(orientation[axis, 0]))
     axes = (slice_axis, down, across)

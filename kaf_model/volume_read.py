@@ -12,11 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import nibabel as nib
 import numpy as np
-from nibabel.imageglobals import LoggingOutputSuppressor
-from nibabel.openers import ImageOpener
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from kaf_model.errors import VolumeError
@@ -97,6 +93,10 @@ class NiftiFile:
     format = "nifti"
 
     def __init__(self, path: Path) -> None:
+        import nibabel as nib  # half a second that opening a panel should not wait for
+        from nibabel.imageglobals import LoggingOutputSuppressor
+        from nibabel.openers import ImageOpener
+
         self.path = path
         self.notices: list[str] = []
         with LoggingOutputSuppressor():  # what nibabel would print becomes a notice
@@ -140,6 +140,8 @@ class NiftiFile:
         return affine
 
     def _compare_forms(self, sform: NDArray[np.float64]) -> None:
+        from nibabel.spatialimages import HeaderDataError
+
         try:
             apart = largest_shift(sform, self.header.get_qform(coded=False), (*self.shape, 1))
         except (ValueError, HeaderDataError):

@@ -14,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
@@ -116,6 +115,8 @@ def _header_for(like: Volume, shape: tuple[int, ...], dtype: np.dtype[Any]) -> A
     """Return a NIfTI header of the given shape and type on the grid of a volume."""
     source = like.source
     if source.header is None:
+        import nibabel as nib
+
         header: Any = (nib.Nifti1Header if max(shape) < 2**15 else nib.Nifti2Header)()
     else:
         header = source.header.copy()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from typing import TYPE_CHECKING, Any
 
-import nibabel as nib
 from qtpy.QtWidgets import (
     QComboBox,
     QDoubleSpinBox,
@@ -229,9 +228,11 @@ class VolumeSection(QWidget):
 
 def _axes(source: Source) -> list[str]:
     """The stored axes in words."""
+    from nibabel.orientations import aff2axcodes
+
     size, spacing = (*source.shape, 1)[:3], spacing_of(source.affine)
     known = source.format != "array"
-    letters = nib.aff2axcodes(source.affine) if known else (None, None, None)
+    letters = aff2axcodes(source.affine) if known else (None, None, None)
     return [
         f"{_DIRECTIONS.get(letter, f'array axis {2 - axis}')}: {size[axis]} x {spacing[axis]:.3g} mm"
         for axis, letter in enumerate(letters)
