@@ -130,14 +130,19 @@ def propagate(
         return None
     stack = Slices(case.volume, config)
     carrier = _Carrier(case, values, stack)
-    shapes = {z: carrier.shapes(z) for z in finished}
+    shapes: dict[int, dict[int, NDArray[np.float32]]] = {}  # of three slices at most: there may be hundreds
     lower, upper = (None, *finished[:-1]), (*finished[1:], None)
     seen = 0
     for z, below, above in zip(finished, lower, upper, strict=True):
+        shapes |= {
+            near: carrier.shapes(near) for near in (z, above) if near is not None and near not in shapes
+        }
         for step, end in ((-1, below), (1, above)):
             for _ in carrier.carry(shapes, z, step, end):
                 seen += 1
                 yield Progress("following labels from slice to slice", seen, None)
+        if below is not None:
+            del shapes[below]
     places = np.arange(stack.num_slices)
     gaps = np.abs(places[:, None] - np.array(finished)).min(1) * case.volume.spacing[0]
     blur = (BLUR * float(np.mean(stack.spacing)) + SLANT * gaps).astype(np.float32)
