@@ -236,6 +236,11 @@ class AugmentConfig(Settings):
         return cls.model_validate({**presets[name], **overrides})
 
 
+def _check_halves(name: str, crop: tuple[int, int] | None) -> None:
+    if crop is not None and (min(crop) < 16 or any(side % 16 for side in crop)):
+        raise ValueError(f"networks halve their input four times: {name} must divide by 16, got {crop}")
+
+
 class TrainingConfig(Settings):
     """What pretraining and finetuning share."""
 
@@ -275,10 +280,7 @@ class TrainingConfig(Settings):
     def _some_budget(self) -> Self:
         if self.steps is None and self.epochs is None and self.time_budget is None:
             raise ValueError("training needs a budget: give steps, epochs or time_budget (seconds)")
-        if self.augment.crop is not None and any(side % 16 for side in self.augment.crop):
-            raise ValueError(
-                f"networks halve their input four times: crop must divide by 16, got {self.augment.crop}"
-            )
+        _check_halves("crop", self.augment.crop)
         return self
 
 
@@ -378,6 +380,14 @@ class FinetuneConfig(TrainingConfig):
     foreground: float = Field(
         0.33, ge=0, le=1, description="Part of the crops that are centred on a labelled structure."
     )
+    early_crop: tuple[int, int] | None = Field(
+        None,
+        description="Height and width in pixels of the crops that the training begins with; smaller ones make more "
+        "steps in the same time. None takes those of the augmentation throughout.",
+    )
+    early_part: float = Field(
+        0.75, ge=0, le=1, description="Part of the training that has crops of that size."
+    )
     encoder_learning_rate: float = Field(
         1.0, ge=0, description="Learning rate of pretrained parts, as a part of the others'; 0 freezes them."
     )
@@ -394,6 +404,11 @@ class FinetuneConfig(TrainingConfig):
         0.0, ge=0, lt=1, description="Part of the labelled slices held out to measure Dice while training."
     )
     holdout_every: int = Field(50, gt=0, description="Steps between measurements on held-out slices.")
+
+    @model_validator(mode="after")
+    def _early_crop_halves(self) -> Self:
+        _check_halves("early_crop", self.early_crop)
+        return self
 
     @classmethod
     def preset(cls, name: PresetName, **overrides: Any) -> FinetuneConfig:

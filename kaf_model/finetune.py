@@ -200,7 +200,7 @@ def finetune(
 
     def batches(step: int, parts: int) -> list[LabelledBatch]:
         shards = [Shard(fabric.global_rank, fabric.world_size, part, parts) for part in range(parts)]
-        return [data.batch(step, fabric.device, shard) for shard in shards]
+        return [data.batch(step, trainer.fraction, fabric.device, shard) for shard in shards]
 
     def save_all() -> None:
         if files.output and fabric.is_global_zero:
@@ -244,30 +244,40 @@ class _TrainingSlices:
         self, labelled: Sequence[LabelledSlice], pseudo: PseudoLabels, training: FinetuneConfig
     ) -> None:
         self._training = training
+        self._labelled = labelled
         self._pseudo = pseudo
         self._num_pseudo = round(training.pseudo_labels.share * training.batch_size)
-        self._alone = self._drawing(labelled, training.batch_size, 0)
-        self._beside = self._drawing(labelled, training.batch_size - self._num_pseudo, 0)
-        self._round: tuple[int, LabelledSlices] | None = None
+        self._drawings: list[LabelledSlices] = []
+        self._drawn_for: tuple[int, bool] | None = None
 
-    def batch(self, step: int, device: torch.device, shard: Shard) -> LabelledBatch:
-        """The augmented slices of a step."""
-        pseudo = self._pseudo
-        if not pseudo.slices or not self._num_pseudo:
-            return self._alone.batch(step, device, shard)
-        if self._round is None or self._round[0] != pseudo.round:
-            self._round = pseudo.round, self._drawing(pseudo.slices, self._num_pseudo, 1000 + pseudo.round)
-        return concatenate([drawing.batch(step, device, shard) for drawing in (self._beside, self._round[1])])
+    def batch(self, step: int, fraction: float, device: torch.device, shard: Shard) -> LabelledBatch:
+        """The augmented slices of a step, at a fraction 0..1 of the training."""
+        now = self._pseudo.round if self._pseudo.slices else 0, fraction < self._training.early_part
+        if now != self._drawn_for:
+            self._drawings, self._drawn_for = self._drawn(early=now[1]), now
+        return concatenate([drawing.batch(step, device, shard) for drawing in self._drawings])
 
-    def _drawing(self, slices: Sequence[LabelledSlice], batch_size: int, purpose: int) -> LabelledSlices:
-        training = self._training
-        return LabelledSlices(
-            slices,
-            augment=training.augment,
-            foreground=training.foreground,
-            batch_size=max(batch_size, 1),
-            seed=training.seed + purpose,
-        )
+    def _drawn(self, *, early: bool) -> list[LabelledSlices]:
+        training, pseudo = self._training, self._pseudo
+        crop = training.early_crop if early else None
+        augment = training.augment if crop is None else training.augment.override(crop=crop)
+        parts = [(self._labelled, training.batch_size, 0)]
+        if pseudo.slices and self._num_pseudo:
+            beside = max(training.batch_size - self._num_pseudo, 1)
+            parts = [
+                (self._labelled, beside, 0),
+                (pseudo.slices, self._num_pseudo, 1000 + pseudo.round),
+            ]
+        return [
+            LabelledSlices(
+                slices,
+                augment=augment,
+                foreground=training.foreground,
+                batch_size=size,
+                seed=training.seed + purpose,
+            )
+            for slices, size, purpose in parts
+        ]
 
 
 def _settings(

@@ -78,6 +78,8 @@ def test_any_field_can_be_overridden():
         (lambda: SliceConfig(spacing=0), "spacing"),
         (lambda: FinetuneConfig(steps=None), "training needs a budget"),
         (lambda: FinetuneConfig(augment={"crop": (100, 128)}), r"divide by 16, got \(100, 128\)"),
+        (lambda: FinetuneConfig(early_crop=(64, 40)), r"early_crop must divide by 16, got \(64, 40\)"),
+        (lambda: FinetuneConfig(early_crop=(0, 64)), "early_crop must divide by 16"),
         (lambda: SegmentConfig(batch_size=0), "batch_size"),
     ],
 )

@@ -235,7 +235,11 @@ def test_a_resumed_pretraining_is_the_uninterrupted_one(tmp_path, optimizer):
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_a_resumed_finetuning_is_the_uninterrupted_one(tmp_path, optimizer):
     training = FINETUNE.override(
-        optimizer=optimizer, holdout=0.4, holdout_every=2, pseudo_labels=PSEUDO.override(share=0.5)
+        optimizer=optimizer,
+        holdout=0.4,
+        holdout_every=2,
+        pseudo_labels=PSEUDO.override(share=0.5),
+        early_crop=(32, 32),
     )
     options = {"cases": [labelled(0), labelled(1)], "unlabelled": [heart(2)[0]]}
     _, whole = run_finetune(training, **options)

@@ -194,25 +194,47 @@ def test_held_out_slices_count_as_not_labelled():
     assert [dict(case.statuses) for case in kept] == [{0: EMPTY}, {3: EMPTY}]
 
 
-@pytest.mark.parametrize(("share", "from_each"), [(0.5, (2, 2)), (0.25, (3, 1))])
-def test_a_share_of_each_batch_is_pseudo_labelled(share, from_each):
-    def slices(value):
-        image = np.zeros((32, 48), np.float16)
-        return [SimpleNamespace(image=image, keypoints=np.zeros((0, 2)), labels=np.full((32, 48), value))]
+def constant_slices(value):
+    image = np.zeros((32, 48), np.float16)
+    return [SimpleNamespace(image=image, keypoints=np.zeros((0, 2)), labels=np.full((32, 48), value))]
 
+
+def drawing_of(pseudo, share, **settings):
     training = FinetuneConfig(
         batch_size=4,
         foreground=0.0,
         pseudo_labels={"share": share},
         augment={"crop": (32, 48), "spatial_probability": 0.0, "intensity_probability": 0.0},
+        **settings,
     )
+    return _TrainingSlices(constant_slices(1), pseudo, training)
+
+
+@pytest.mark.parametrize(("share", "from_each"), [(0.5, (2, 2)), (0.25, (3, 1))])
+def test_a_share_of_each_batch_is_pseudo_labelled(share, from_each):
     pseudo = SimpleNamespace(slices=[], round=0)
-    drawing = _TrainingSlices(slices(1), pseudo, training)
-    assert (drawing.batch(0, CPU, Shard()).labels == 1).all()
-    pseudo.slices, pseudo.round = slices(2), 1
-    labels = drawing.batch(1, CPU, Shard()).labels
+    drawing = drawing_of(pseudo, share)
+    assert (drawing.batch(0, 0.0, CPU, Shard()).labels == 1).all()
+    pseudo.slices, pseudo.round = constant_slices(2), 1
+    labels = drawing.batch(1, 0.1, CPU, Shard()).labels
     assert labels.shape == (4, 32, 48)
     assert tuple(int((labels[:, 0, 0] == value).sum()) for value in (1, 2)) == from_each
+    pseudo.slices, pseudo.round = constant_slices(3), 2
+    assert set(drawing.batch(2, 0.1, CPU, Shard()).labels.unique().tolist()) == {1, 3}
+
+
+def test_a_training_begins_with_small_crops():
+    """Of labelled and of pseudo-labelled slices alike, until its part of the training is over."""
+    pseudo = SimpleNamespace(slices=[], round=0)
+    drawing = drawing_of(pseudo, 0.5, early_crop=(16, 32), early_part=0.6)
+    shapes = {}
+    for step, fraction in enumerate((0.0, 0.3, 0.59, 0.6, 1.0)):
+        if fraction == 0.3:
+            pseudo.slices, pseudo.round = constant_slices(2), 1
+        batch = drawing.batch(step, fraction, CPU, Shard())
+        assert batch.views.images.shape[2:] == batch.labels.shape[1:]
+        shapes[fraction] = tuple(batch.labels.shape[1:])
+    assert shapes == {0.0: (16, 32), 0.3: (16, 32), 0.59: (16, 32), 0.6: (32, 48), 1.0: (32, 48)}
 
 
 def test_shapes_of_finished_slices_decide_where_the_model_is_unsure(monkeypatch):
