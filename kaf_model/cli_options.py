@@ -53,7 +53,8 @@ Network = Annotated[
     typer.Option(
         "--network",
         metavar="kaf-unet|unet|unet-c2|kaf-fcn|fcn|swin-unetr|swin-unet",
-        help="Architecture; only those named kaf- read keypoints.",
+        help="Architecture; only those named kaf- read keypoints. Without it that of the preset, or of the start; a "
+        "finetuning without a start takes unet with the preset small, which is ahead in few minutes.",
         rich_help_panel=_SETTINGS,
     ),
 ]

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import yaml
 
 from kaf_model.cli_options import one_of
-from kaf_model.config import PRESETS, PresetName, Recipe, Settings
+from kaf_model.config import KAF_FIELDS, PRESETS, ModelConfig, PresetName, Recipe, Settings
 from kaf_model.errors import UserError
 from kaf_model.settings_layers import layered_recipe, merge_settings
 
@@ -23,10 +23,12 @@ class ChosenSettings:
     """A tree of settings, and what in it somebody asked for.
 
     Attributes:
+        preset: What they were laid over.
         recipe: The settings.
         explicit: Values given beside the preset: section -> field -> value.
     """
 
+    preset: PresetName
     recipe: Recipe
     explicit: Mapping[str, Mapping[str, Any]]
 
@@ -34,6 +36,16 @@ class ChosenSettings:
         """The validated values of the fields of a section that were asked for."""
         settings = getattr(self.recipe, section)
         return {name: getattr(settings, name) for name in self.explicit.get(section, {})}
+
+    def fresh_model(self) -> ModelConfig:
+        """The architecture of a finetuning from random weights, see `ModelConfig.fresh`.
+
+        Who asks for an architecture, or for anything that only KAF layers have, gets that.
+        """
+        asked = self.asked_for("model")
+        if asked.keys() & {"architecture", *KAF_FIELDS}:
+            return self.recipe.model
+        return ModelConfig.fresh(self.preset, **asked)
 
 
 def choose_settings(
@@ -68,7 +80,7 @@ def choose_settings(
     explicit: dict[str, Any] = {}
     for layer in layers:
         merge_settings(explicit, layer)
-    return ChosenSettings(recipe, explicit)
+    return ChosenSettings(name, recipe, explicit)
 
 
 def preset_name(name: str | None) -> PresetName:

@@ -161,7 +161,7 @@ def finetune(
     out = Output()
     fabric = _fabric(device, precision)
     origin = load_checkpoint(start) if start is not None else None
-    model: ModelConfig | None = chosen.recipe.model
+    model: ModelConfig | None = chosen.fresh_model()
     if origin is not None:
         asked = {**chosen.asked_for("model")}
         asked.pop("num_classes", None)

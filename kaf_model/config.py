@@ -13,6 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 PresetName = Literal["small", "base", "paper-acdc", "paper-chd"]
 PRESETS: tuple[PresetName, ...] = ("small", "base", "paper-acdc", "paper-chd")
+KAF_FIELDS = frozenset(
+    {
+        "kaf_levels",
+        "embedding_width",
+        "heads",
+        "attention_blocks",
+        "diffusion_channels",
+        "kaf_start",
+        "position_reference",
+    }
+)
+"""Settings of the model that only KAF layers have."""
+
 Architecture = Literal["kaf-unet", "unet", "unet-c2", "fcn", "kaf-fcn", "swin-unetr", "swin-unet"]
 
 
@@ -85,7 +98,8 @@ class ModelConfig(Settings):
     architecture: Architecture = Field(
         "kaf-unet",
         description="KAF-UNet, the plain UNet, the UNet with doubled channels (c2) of the paper's Table 7, the FCN "
-        "with and without KAF layers of its Table 9, Swin UNETR or Swin-Unet.",
+        "with and without KAF layers of its Table 9, Swin UNETR or Swin-Unet. A finetuning that starts afresh with the "
+        "preset small takes unet unless this is given.",
     )
     num_classes: int = Field(2, ge=2, description="Classes including the background.")
     start_channels: int = Field(16, gt=0, description="Channels of the first encoder block.")
@@ -154,6 +168,15 @@ class ModelConfig(Settings):
             ValueError: On an unknown preset or field.
         """
         return cls.model_validate({**_preset("model", name), **overrides})
+
+    @classmethod
+    def fresh(cls, name: PresetName, **overrides: Any) -> ModelConfig:
+        """Return the architecture that a finetuning from random weights takes unless told otherwise.
+
+        That of the preset, but for `small` the plain UNet: in a few minutes on two cores it is ahead, pretrained
+        KAF-UNets included (see the results in the README).
+        """
+        return cls.preset(name, **{**_preset("fresh", name), **overrides})
 
 
 class AugmentConfig(Settings):
@@ -494,6 +517,7 @@ _PUBLISHED_FINETUNE = {
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "model": {"position_reference": 128.0, "decoder": "narrow"},
+        "fresh": {"architecture": "unet"},
         # A slice's place along the body shows only in a wide view: small crops taught nothing.
         "pretrain": {
             "batch_size": 12,

@@ -60,7 +60,8 @@ class FinetuneRequest:
         statuses: Meaning of each labelled slice.
         class_names: Names by label value.
         start: Checkpoint to start from, or None.
-        preset: Size of a network that starts from random weights.
+        architecture: Network that starts from random weights.
+        preset: Its size.
         seconds: Budget.
         hold_out: Whether to measure Dice on held-out slices.
         device: A device name of the engine.
@@ -74,6 +75,7 @@ class FinetuneRequest:
     statuses: Mapping[int, str]
     class_names: Mapping[int, str]
     start: Path | None
+    architecture: str
     preset: str
     seconds: float
     hold_out: bool
@@ -207,13 +209,14 @@ def _training(request: FinetuneRequest) -> FinetuneConfig:
 
 
 def _origin(request: FinetuneRequest) -> dict[str, Any]:
-    """What the network starts from: a checkpoint, or the preset's architecture and preprocessing."""
+    """What the network starts from: a checkpoint, or random weights and the preset's preprocessing."""
     from kaf_model.checkpoint import load_checkpoint
 
     if request.start is not None:
         return {"config": None, "start": load_checkpoint(request.start)}
     recipe = Recipe.preset(request.preset)  # type: ignore[arg-type]
-    return {"config": recipe.model, "slices": recipe.slices, "keypoints": recipe.keypoints}
+    model = recipe.model.override(architecture=request.architecture)
+    return {"config": model, "slices": recipe.slices, "keypoints": recipe.keypoints}
 
 
 def _result(

@@ -8,6 +8,7 @@ from napari.settings import get_plugin_settings
 
 PLUGIN = "napari-kaf"
 DEVICES = ("auto", "cpu", "cuda", "mps")  # as the engine names them, which only a worker may ask
+NETWORKS = {"unet": "UNet", "kaf-unet": "KAF-UNet"}  # that a finetuning may start afresh, with their names
 _SECTION = "training"
 
 

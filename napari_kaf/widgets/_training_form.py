@@ -8,13 +8,13 @@ from qtpy.QtWidgets import QCheckBox, QComboBox, QDoubleSpinBox, QFormLayout, QV
 
 from kaf_model.config import PRESETS
 from napari_kaf._models import SCRATCH, ModelChoice
-from napari_kaf._settings import DEVICES, description, settings
+from napari_kaf._settings import DEVICES, NETWORKS, description, settings
 from napari_kaf.widgets._model_box import ModelBox
 from napari_kaf.widgets._panel import Life, heading
 
 
 class TrainingForm(QWidget):
-    """Model to start from, network, minutes, device, held-out slices."""
+    """Model to start from, network and its size, minutes, device, held-out slices."""
 
     def __init__(self, life: Life) -> None:
         super().__init__()
@@ -25,6 +25,10 @@ class TrainingForm(QWidget):
         column.addWidget(self.model)
         form = QFormLayout()
         kept = settings()
+        self.network = QComboBox()
+        for name, title in NETWORKS.items():
+            self.network.addItem(title, name)
+        self.network.setCurrentIndex(self.network.findData(kept.network))
         self.preset = QComboBox()
         self.preset.addItems(PRESETS)
         self.preset.setCurrentText(kept.preset)
@@ -38,7 +42,8 @@ class TrainingForm(QWidget):
         self.hold_out = QCheckBox("Measure Dice on held-out slices")
         self.hold_out.setChecked(kept.hold_out)
         rows: tuple[tuple[str, QWidget, str, Any], ...] = (
-            ("Network", self.preset, "preset", self.preset.currentTextChanged),
+            ("Network", self.network, "network", self.network.currentIndexChanged),
+            ("Size", self.preset, "preset", self.preset.currentTextChanged),
             ("Minutes", self.minutes, "minutes", self.minutes.valueChanged),
             ("Device", self.device, "device", self.device.currentTextChanged),
             ("", self.hold_out, "hold_out", self.hold_out.toggled),
@@ -47,17 +52,26 @@ class TrainingForm(QWidget):
             widget.setToolTip(description(name))
             widget.setAccessibleName(label or self.hold_out.text())
             form.addRow(label, widget) if label else form.addRow(widget)
-            changed.connect(lambda value, name=name: setattr(settings(), name, value))
+            changed.connect(lambda value, name=name: setattr(settings(), name, self._kept(name, value)))
         column.addLayout(form)
-        self.model.changed.connect(self._show_preset)
-        self._show_preset()
+        self.model.changed.connect(self._show_fresh)
+        self._show_fresh()
 
     @property
     def choice(self) -> ModelChoice:
         """The model to start from."""
         return self.model.choice or SCRATCH
 
-    def _show_preset(self) -> None:
+    @property
+    def architecture(self) -> str:
+        """The network that starts from random weights, as the engine names it."""
+        return str(self.network.currentData())
+
+    def _kept(self, name: str, value: Any) -> Any:
+        return self.architecture if name == "network" else value
+
+    def _show_fresh(self) -> None:
         fresh = self.choice is SCRATCH
-        self.preset.setEnabled(fresh)
-        self.preset.setToolTip(description("preset") if fresh else "The network is that of the model")
+        for name, box in (("network", self.network), ("preset", self.preset)):
+            box.setEnabled(fresh)
+            box.setToolTip(description(name) if fresh else "The network is that of the model")

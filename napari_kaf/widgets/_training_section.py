@@ -79,6 +79,7 @@ class TrainingSection(QWidget):
         return FinetuneRequest(
             **vars(snapshot),
             start=form.choice.path,
+            architecture=form.architecture,
             preset=form.preset.currentText(),
             seconds=60 * form.minutes.value(),
             hold_out=form.hold_out.isChecked(),

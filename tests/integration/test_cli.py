@@ -377,6 +377,25 @@ def test_later_layers_win(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "architecture"),
+    [
+        ({}, "unet"),
+        ({"assignments": ["model.start_channels=8"]}, "unet"),
+        ({"preset": "base"}, "kaf-unet"),
+        ({"assignments": ["model.kaf_levels=[4]"]}, "kaf-unet"),
+        ({"assignments": ["model.architecture=kaf-unet"]}, "kaf-unet"),
+        ({"options": {"model": {"architecture": "kaf-unet"}}}, "kaf-unet"),
+        ({"options": {"model": {"architecture": None}}}, "unet"),
+    ],
+)
+def test_what_a_finetuning_without_a_start_takes(given, architecture) -> None:
+    chosen = choose_settings(**given)
+    expected = chosen.recipe.model.override(architecture=architecture)
+    assert chosen.fresh_model() == expected
+    assert chosen.recipe.model.architecture == "kaf-unet"
+
+
+@pytest.mark.parametrize(
     ("given", "budgets"),
     [
         ({"time_budget": 60.0}, (None, None, 60.0)),

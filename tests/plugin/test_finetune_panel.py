@@ -11,6 +11,7 @@ import pytest
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QApplication, QLabel
 
+from kaf_model.checkpoint import load_header
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 from napari_kaf import _layers
@@ -88,6 +89,8 @@ def test_from_click_to_history(labelled, qtbot, notifications):
     }  # not what was painted meanwhile
     assert session.results.runs[0].steps >= 1
     assert len(panel.training.curve.points("total")) == session.results.runs[0].steps
+    model = load_header(session.results.store.model_path(session.results.runs[0].key))["model"]
+    assert model["architecture"] == "unet"
     assert viewer.layers.selection.active is session.labels
     assert panel.training.form.model.box.count() == 2  # from scratch, and this run
     panel.history.table.selectRow(0)
@@ -305,6 +308,29 @@ def test_settings_are_remembered(open_panel):
         panel.training.form.minutes.toolTip()
         == "How long a finetuning trains before it hands over its result."
     )
+
+
+def test_the_network_is_chosen_by_name(open_panel):
+    _viewer, panel = open_panel("Finetune")
+    from napari_kaf._settings import settings
+
+    form = panel.training.form
+    assert (form.network.currentText(), form.architecture, settings().network) == ("UNet", "unet", "unet")
+    assert "minutes on a CPU" in form.network.toolTip()
+    form.network.setCurrentText("KAF-UNet")
+    assert (form.architecture, settings().network) == ("kaf-unet", "kaf-unet")
+    panel.close()
+    _viewer, panel = open_panel("Finetune")
+    assert panel.training.form.network.currentText() == "KAF-UNet"
+
+
+def test_a_start_brings_its_network(open_panel, pretrained):
+    _viewer, panel = open_panel("Finetune")
+    form = panel.training.form
+    form.model.add_file(pretrained)
+    assert not form.network.isEnabled()
+    assert not form.preset.isEnabled()
+    assert form.network.toolTip() == "The network is that of the model"
 
 
 def test_the_strip_goes_where_it_is_clicked(labelled, qtbot):
