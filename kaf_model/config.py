@@ -375,7 +375,18 @@ class PseudoLabelConfig(Settings):
     every: float = Field(
         0.15, gt=0, le=1, description="Part of the training after which pseudo-labels are renewed."
     )
-    slices: int = Field(200, gt=0, description="Slices that are pseudo-labelled at a time, at least.")
+    least_dice: float = Field(
+        0.6,
+        ge=0,
+        le=1,
+        description="Soft Dice on the slices it learns from (if the loss has it) from which on the model is good "
+        "enough to label others: of one that is not, it would learn its mistakes.",
+    )
+    slices: int = Field(
+        200,
+        gt=0,
+        description="About how many slices are pseudo-labelled at a time; fewer in short trainings.",
+    )
     least_slices: int = Field(
         50,
         ge=1,
@@ -406,7 +417,8 @@ class FinetuneConfig(TrainingConfig):
     early_crop: tuple[int, int] | None = Field(
         None,
         description="Height and width in pixels of the crops that the training begins with; smaller ones make more "
-        "steps in the same time. None takes those of the augmentation throughout.",
+        "steps in the same time. None takes those of the augmentation throughout; so do networks that read keypoints, "
+        "which small crops show too few of.",
     )
     early_part: float = Field(
         0.75, ge=0, le=1, description="Part of the training that has crops of that size."
@@ -526,7 +538,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "augment": {"scale": (0.5, 0.9), "rotation": 20.0, "elastic_alpha": (0.0, 150.0)},
         },
         # In the same time many small steps teach far more than few large ones.
-        "finetune": {"batch_size": 4, "steps": 3000},
+        "finetune": {"batch_size": 4, "steps": 3000, "early_crop": (64, 64)},
     },
     "base": {
         "slices": {"spacing": 1.25},

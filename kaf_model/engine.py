@@ -194,6 +194,11 @@ class Trainer:
         return min(max(by_steps, by_time), 1.0)
 
     @property
+    def expected_steps(self) -> float:
+        """About how many steps the whole training will have; infinite before the first."""
+        return self.state.step / self.fraction if self.fraction else math.inf
+
+    @property
     def waiting_share(self) -> float:
         """Part 0..1 of the time that went into making batches while the network waited."""
         return self.state.waiting / self.state.seconds if self.state.seconds else 0.0
@@ -239,7 +244,7 @@ class Trainer:
         eta = self.state.seconds * (1 / self.fraction - 1) if self.fraction else None
         total = self.max_steps
         if self.config.time_budget and self.fraction:
-            total = max(self.state.step, round(self.state.step / self.fraction))
+            total = max(self.state.step, round(self.expected_steps))
         return Progress(stage, self.state.step, total, dict(self.state.losses), eta, message)
 
     def _shared(self, seconds: float) -> float:

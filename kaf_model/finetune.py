@@ -42,6 +42,8 @@ from kaf_model.unet import SegmentationNetwork, build_network
 from kaf_model.volume import Unreadable, Volume
 from kaf_model.volume_queue import VolumeFiles
 
+_RECENT = 20  # steps
+
 
 class FinetuningNetwork(nn.Module):
     """The segmentation network with its loss; maps a labelled batch to named losses."""
@@ -166,6 +168,8 @@ def finetune(
     network = build_network(config)
     report = _load_start(network, origin, classes) if origin else None
     module = FinetuningNetwork(network, training)
+    if config.reads_keypoints:
+        training = training.override(early_crop=None)
     data = _TrainingSlices(learnt, pseudo, training)
     trainer = Trainer(
         module,
@@ -208,9 +212,11 @@ def finetune(
             trainer.save(files.resume, fingerprint, {**average.state(), **pseudo.state()})
 
     def pseudo_labelled() -> Generator[Progress, None, None]:
-        if pseudo.is_due(trainer.fraction):
+        if pseudo.is_due(trainer.fraction, _recent_dice(trainer.state.curve)):
             began = time.monotonic()
-            for done, total in pseudo.renew(InferenceNetwork(average.network()), fabric.device):
+            drawn = data.num_pseudo * training.pseudo_labels.every * trainer.expected_steps
+            model = InferenceNetwork(average.network())
+            for done, total in pseudo.renew(model, fabric.device, trainer.fraction, drawn):
                 trainer.spend(time.monotonic() - began)
                 yield Progress("labelling other slices", done, total)
                 began = time.monotonic()
@@ -246,7 +252,7 @@ class _TrainingSlices:
         self._training = training
         self._labelled = labelled
         self._pseudo = pseudo
-        self._num_pseudo = round(training.pseudo_labels.share * training.batch_size)
+        self.num_pseudo = round(training.pseudo_labels.share * training.batch_size)
         self._drawings: list[LabelledSlices] = []
         self._drawn_for: tuple[int, bool] | None = None
 
@@ -259,14 +265,16 @@ class _TrainingSlices:
 
     def _drawn(self, *, early: bool) -> list[LabelledSlices]:
         training, pseudo = self._training, self._pseudo
-        crop = training.early_crop if early else None
-        augment = training.augment if crop is None else training.augment.override(crop=crop)
+        augment, small = training.augment, training.early_crop
+        if early and small is not None:
+            crop = small if augment.crop is None else tuple(map(min, small, augment.crop))
+            augment = augment.override(crop=crop)
         parts = [(self._labelled, training.batch_size, 0)]
-        if pseudo.slices and self._num_pseudo:
-            beside = max(training.batch_size - self._num_pseudo, 1)
+        if pseudo.slices and self.num_pseudo:
+            beside = max(training.batch_size - self.num_pseudo, 1)
             parts = [
                 (self._labelled, beside, 0),
-                (pseudo.slices, self._num_pseudo, 1000 + pseudo.round),
+                (pseudo.slices, self.num_pseudo, 1000 + pseudo.round),
             ]
         return [
             LabelledSlices(
@@ -333,6 +341,12 @@ def _held_out(count: int, training: FinetuneConfig) -> set[int]:
     num_held = min(max(1, round(training.holdout * count)), count - 1)
     order: list[int] = torch.randperm(count, generator=generator_for(training.seed, 6)).tolist()
     return set(order[:num_held])
+
+
+def _recent_dice(curve: Sequence[Mapping[str, float]]) -> float:
+    """Soft Dice of the last steps; 1 if it is not part of the loss."""
+    recent = [1 - step.get("dice", 0.0) for step in curve[-_RECENT:]]
+    return sum(recent) / len(recent) if recent else 0.0
 
 
 def _without(cases: Sequence[LabelledVolume], held: set[int]) -> list[LabelledVolume]:

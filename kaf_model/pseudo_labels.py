@@ -9,6 +9,7 @@ stay, so that a step costs no more than any other. What a person painted is neve
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,9 @@ from kaf_model.volume import Unreadable, Volume
 from kaf_model.volume_queue import VolumeFiles
 
 _SLICES_A_PASS = 8
+
+USES = 5
+"""How often a pseudo-labelled slice is learnt from, on average, before it is labelled anew, or more often."""
 
 
 @dataclass(frozen=True)
@@ -153,32 +157,42 @@ class PseudoLabels:
         self.config = config
         self.slices: list[LabelledSlice] = []
         self.round = 0
+        self._due = config.start
         enough = sum(len(volume.free) for volume in pool) >= config.least_slices
         self._pool = [volume for volume in pool if enough or volume.propagation is not None]
         self._one_piece = [channel for channel, value in enumerate(classes.values) if int(value) in one_piece]
         self._seed = seed
         self._labels: dict[int, NDArray[np.int8]] = {}
 
-    def is_due(self, fraction: float) -> bool:
-        """Whether the next round is due at a fraction 0..1 of the training."""
-        due = self.config.start + self.round * self.config.every
-        return bool(self._pool) and due <= fraction < 1
+    def is_due(self, fraction: float, dice: float) -> bool:
+        """Whether the next round is due.
+
+        Args:
+            fraction: Part 0..1 of the training that is over.
+            dice: Soft Dice on what was learnt from lately; a model that is not good on that labels nothing.
+        """
+        good = bool(self.round) or dice >= self.config.least_dice
+        return bool(self._pool) and good and self._due <= fraction < 1
 
     def renew(
-        self, network: InferenceNetwork, device: torch.device
+        self, network: InferenceNetwork, device: torch.device, fraction: float, drawn: float = math.inf
     ) -> Generator[tuple[int, int], None, None]:
         """Predict the labels of some volumes, drawn anew in each round.
 
         Args:
             network: The averaged model, on `device`.
             device: Where it is.
+            fraction: Part 0..1 of the training that is over.
+            drawn: Pseudo-labelled slices that will be learnt from before the next round; as many are labelled
+                that each is learnt from a few times, so that labelling takes little of a short training.
 
         Yields:
             Slices predicted, and how many there will be.
         """
         order = torch.randperm(len(self._pool), generator=generator_for(self._seed, self.round, 7)).tolist()
         free = np.cumsum([len(self._pool[index].free) for index in order])
-        chosen = order[: int(np.searchsorted(free, self.config.slices)) + 1]
+        wanted = min(self.config.slices, drawn / USES)
+        chosen = order[: int(np.searchsorted(free, wanted)) + 1]
         total = sum(len(self._pool[index].prepared) for index in chosen)
         labels: dict[int, NDArray[np.int8]] = {}
         done = 0
@@ -193,16 +207,19 @@ class PseudoLabels:
             labels[index] = self._settle(self._pool[index], np.concatenate(parts))
         self._take(labels)
         self.round += 1
+        while self._due <= fraction:
+            self._due += self.config.every
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that `load` takes back."""
         tensors = {f"pseudo.{index}": torch.from_numpy(labels) for index, labels in self._labels.items()}
-        return {**tensors, "pseudo.round": torch.tensor(self.round)}
+        due = torch.tensor(self._due, dtype=torch.float64)
+        return {**tensors, "pseudo.round": torch.tensor(self.round), "pseudo.due": due}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go back to what `state` gave; other tensors are passed over."""
         own = {name[7:]: value for name, value in tensors.items() if name.startswith("pseudo.")}
-        self.round = int(own.pop("round"))
+        self.round, self._due = int(own.pop("round")), float(own.pop("due"))
         self._take({int(index): value.numpy() for index, value in own.items()})
 
     def _predict(

@@ -74,7 +74,9 @@ SLICES = SliceConfig(spacing=None)
 PRETRAIN = PretrainConfig(
     steps=5, batch_size=3, augment=AUGMENT, projection_width=16, sinkhorn_iterations=10, matching_rounds=1
 )
-PSEUDO = PseudoLabelConfig(share=0.0, start=0.2, every=0.4, slices=3, least_slices=1, confidence=0.0)
+PSEUDO = PseudoLabelConfig(
+    share=0.0, start=0.2, every=0.4, slices=3, least_slices=1, confidence=0.0, least_dice=0
+)
 FINETUNE = FinetuneConfig(steps=5, batch_size=3, augment=AUGMENT, pseudo_labels=PSEUDO)
 
 

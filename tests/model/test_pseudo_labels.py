@@ -11,11 +11,11 @@ from kaf_model import pseudo_labels
 from kaf_model.checkpoint import ClassLabel
 from kaf_model.config import FinetuneConfig, KeypointConfig, PseudoLabelConfig, SliceConfig
 from kaf_model.datasets import Shard
-from kaf_model.finetune import _TrainingSlices, _without
+from kaf_model.finetune import _recent_dice, _TrainingSlices, _without
 from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
 from kaf_model.losses import IGNORED
 from kaf_model.propagation import propagate
-from kaf_model.pseudo_labels import PseudoLabels, prepare_unlabelled
+from kaf_model.pseudo_labels import USES, PseudoLabels, prepare_unlabelled
 from kaf_model.volume import Unreadable, Volume
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def sure_of(channel, probability=0.9, where=(slice(0, 8), slice(0, 8))):
 def renewed(pool, predict, monkeypatch, *, one_piece=frozenset(), config=CONFIG):
     monkeypatch.setattr(pseudo_labels, "predict_slices", predict)
     pseudo = PseudoLabels(pool, CLASSES, config, one_piece=one_piece, seed=0)
-    finish(pseudo.renew(None, CPU))
+    finish(pseudo.renew(None, CPU, 0.5))
     return pseudo
 
 
@@ -81,7 +81,7 @@ def test_a_case_that_is_labelled_throughout_gives_nothing():
     case = LabelledVolume(volume(2), np.zeros((2, 32, 48), np.int16), {0: EMPTY, 1: EMPTY})
     assert pool_of([case]) == []
     pseudo = PseudoLabels([], CLASSES, CONFIG, one_piece=frozenset(), seed=0)
-    assert not any(pseudo.is_due(fraction) for fraction in (0.0, 0.5, 0.99))
+    assert not any(pseudo.is_due(fraction, 1.0) for fraction in (0.0, 0.5, 0.99))
 
 
 def test_what_a_person_painted_is_never_overruled(monkeypatch):
@@ -125,13 +125,13 @@ def test_each_round_labels_as_many_slices_as_asked_and_may_choose_other_volumes(
     assert len(pseudo.slices) == 4  # whole volumes until there are 3 slices
     drawn = set()
     for _ in range(6):
-        finish(pseudo.renew(None, CPU))
+        finish(pseudo.renew(None, CPU, 0.5))
         drawn.add(tuple(sorted(pseudo.state())))
     assert len(drawn) > 1
     assert pseudo.round == 7
 
 
-def test_rounds_are_due_at_their_fractions():
+def test_rounds_are_due_at_their_fractions(monkeypatch):
     pseudo = PseudoLabels(
         pool_of([], [volume(2)]),
         CLASSES,
@@ -139,9 +139,41 @@ def test_rounds_are_due_at_their_fractions():
         one_piece=frozenset(),
         seed=0,
     )
-    assert [pseudo.is_due(fraction) for fraction in (0.1, 0.2, 0.4, 1.0)] == [False, True, True, False]
-    pseudo.round = 1
-    assert [pseudo.is_due(fraction) for fraction in (0.4, 0.5)] == [False, True]
+    due = [pseudo.is_due(fraction, 1.0) for fraction in (0.1, 0.2, 0.4, 1.0)]
+    assert due == [False, True, True, False]
+    monkeypatch.setattr(pseudo_labels, "predict_slices", sure_of(1))
+    finish(pseudo.renew(None, CPU, 0.21))
+    assert [pseudo.is_due(fraction, 1.0) for fraction in (0.4, 0.5)] == [False, True]
+    finish(pseudo.renew(None, CPU, 0.9))  # two rounds were missed
+    assert not pseudo.is_due(0.99, 1.0)
+
+
+def test_a_model_that_is_not_good_at_what_it_learns_labels_nothing(monkeypatch):
+    pseudo = PseudoLabels(
+        pool_of([], [volume(2)]), CLASSES, CONFIG.override(least_dice=0.6), one_piece=frozenset(), seed=0
+    )
+    assert [pseudo.is_due(0.5, dice) for dice in (0.0, 0.59, 0.6)] == [False, False, True]
+    monkeypatch.setattr(pseudo_labels, "predict_slices", sure_of(1))
+    finish(pseudo.renew(None, CPU, 0.5))
+    assert pseudo.is_due(0.9, 0.0)  # on pseudo-labelled slices it may be worse than before
+
+
+def test_as_many_slices_are_labelled_as_are_learnt_from(monkeypatch):
+    pool = pool_of([], [volume(2, f"v{number}") for number in range(4)])
+    monkeypatch.setattr(pseudo_labels, "predict_slices", sure_of(1))
+    labelled = []
+    for drawn in (1, 3 * USES, 100):
+        pseudo = PseudoLabels(pool, CLASSES, CONFIG.override(slices=6), one_piece=frozenset(), seed=0)
+        finish(pseudo.renew(None, CPU, 0.5, drawn))
+        labelled.append(len(pseudo.slices))
+    assert labelled == [2, 4, 6]  # whole volumes
+
+
+def test_soft_dice_is_that_of_the_last_steps():
+    assert _recent_dice([]) == 0
+    assert _recent_dice([{"step": 1, "total": 2.0}]) == 1  # no Dice to go by
+    curve = [{"dice": 1.0}] * 50 + [{"dice": 0.25}] * 20
+    assert _recent_dice(curve) == 0.75
 
 
 @pytest.mark.parametrize(("least", "due"), [(4, True), (5, False)])
@@ -149,7 +181,7 @@ def test_a_few_slices_are_not_pseudo_labelled(least, due):
     pool = pool_of([], [volume(2, "a"), volume(2, "b")])
     config = CONFIG.override(least_slices=least)
     pseudo = PseudoLabels(pool, CLASSES, config, one_piece=frozenset(), seed=0)
-    assert pseudo.is_due(0.5) is due
+    assert pseudo.is_due(0.5, 1.0) is due
 
 
 def test_the_state_brings_the_labels_back(monkeypatch):
@@ -158,6 +190,7 @@ def test_the_state_brings_the_labels_back(monkeypatch):
     second = PseudoLabels(pool, CLASSES, CONFIG, one_piece=frozenset(), seed=0)
     second.load({**first.state(), "average.weight": torch.zeros(1)})
     assert second.round == 1
+    assert [second.is_due(at, 1.0) for at in (0.5, 0.6)] == [first.is_due(at, 1.0) for at in (0.5, 0.6)]
     assert all(np.array_equal(a.labels, b.labels) for a, b in zip(first.slices, second.slices, strict=True))
 
 
@@ -234,6 +267,8 @@ def test_a_training_begins_with_small_crops():
         batch = drawing.batch(step, fraction, CPU, Shard())
         assert batch.views.images.shape[2:] == batch.labels.shape[1:]
         shapes[fraction] = tuple(batch.labels.shape[1:])
+    larger = drawing_of(pseudo, 0.5, early_crop=(64, 32))
+    assert larger.batch(0, 0.0, CPU, Shard()).labels.shape == (4, 32, 32)
     assert shapes == {0.0: (16, 32), 0.3: (16, 32), 0.59: (16, 32), 0.6: (32, 48), 1.0: (32, 48)}
 
 
@@ -246,12 +281,12 @@ def test_shapes_of_finished_slices_decide_where_the_model_is_unsure(monkeypatch)
     config = CONFIG.override(least_slices=50)  # a single free slice would not do without them
     pool = pool_of([case], config=config)
     pseudo = renewed(pool, sure_of(1, 0.5, (slice(None), slice(None))), monkeypatch, config=config)
-    assert pseudo.is_due(0.5)
+    assert pseudo.is_due(0.9, 1.0)
     (found,) = pseudo.slices
     assert (found.labels[10:22, 12:28] == 1).all()
     assert (found.labels[:6] == 0).all()
     alone = pool_of([case], config=config.override(propagation=0))
-    assert not PseudoLabels(alone, CLASSES, config, one_piece=frozenset(), seed=0).is_due(0.5)
+    assert not PseudoLabels(alone, CLASSES, config, one_piece=frozenset(), seed=0).is_due(0.5, 1.0)
 
 
 def test_what_was_carried_before_is_used_again():
