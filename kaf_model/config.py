@@ -376,7 +376,7 @@ class PseudoLabelConfig(Settings):
         0.15, gt=0, le=1, description="Part of the training after which pseudo-labels are renewed."
     )
     least_dice: float = Field(
-        0.6,
+        0.7,
         ge=0,
         le=1,
         description="Soft Dice on the slices it learns from (if the loss has it) from which on the model is good "

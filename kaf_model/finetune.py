@@ -42,7 +42,7 @@ from kaf_model.unet import SegmentationNetwork, build_network
 from kaf_model.volume import Unreadable, Volume
 from kaf_model.volume_queue import VolumeFiles
 
-_RECENT = 20  # steps
+_RECENT = 50  # steps
 
 
 class FinetuningNetwork(nn.Module):

@@ -172,7 +172,7 @@ def test_as_many_slices_are_labelled_as_are_learnt_from(monkeypatch):
 def test_soft_dice_is_that_of_the_last_steps():
     assert _recent_dice([]) == 0
     assert _recent_dice([{"step": 1, "total": 2.0}]) == 1  # no Dice to go by
-    curve = [{"dice": 1.0}] * 50 + [{"dice": 0.25}] * 20
+    curve = [{"dice": 1.0}] * 50 + [{"dice": 0.25}] * 50
     assert _recent_dice(curve) == 0.75
 
 
