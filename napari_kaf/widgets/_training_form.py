@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from qtpy.QtWidgets import QCheckBox, QComboBox, QDoubleSpinBox, QFormLayout, QVBoxLayout, QWidget
+from qtpy.QtWidgets import (
+    QCheckBox,
+    QComboBox,
+    QDoubleSpinBox,
+    QFormLayout,
+    QHBoxLayout,
+    QVBoxLayout,
+    QWidget,
+)
 
 from kaf_model.config import PRESETS
 from napari_kaf._models import SCRATCH, ModelChoice
@@ -41,18 +49,24 @@ class TrainingForm(QWidget):
         self.device.setCurrentText(kept.device)
         self.hold_out = QCheckBox("Measure Dice on held-out slices")
         self.hold_out.setChecked(kept.hold_out)
-        rows: tuple[tuple[str, QWidget, str, Any], ...] = (
+        fields: tuple[tuple[str, QWidget, str, Any], ...] = (
             ("Network", self.network, "network", self.network.currentIndexChanged),
             ("Size", self.preset, "preset", self.preset.currentTextChanged),
             ("Minutes", self.minutes, "minutes", self.minutes.valueChanged),
             ("Device", self.device, "device", self.device.currentTextChanged),
-            ("", self.hold_out, "hold_out", self.hold_out.toggled),
+            (self.hold_out.text(), self.hold_out, "hold_out", self.hold_out.toggled),
         )
-        for label, widget, name, changed in rows:
+        for title, widget, name, changed in fields:
             widget.setToolTip(description(name))
-            widget.setAccessibleName(label or self.hold_out.text())
-            form.addRow(label, widget) if label else form.addRow(widget)
+            widget.setAccessibleName(title)
             changed.connect(lambda value, name=name: setattr(settings(), name, self._kept(name, value)))
+        network_and_size = QHBoxLayout()
+        network_and_size.addWidget(self.network, 1)
+        network_and_size.addWidget(self.preset, 1)
+        form.addRow("Network", network_and_size)
+        form.addRow("Minutes", self.minutes)
+        form.addRow("Device", self.device)
+        form.addRow(self.hold_out)
         column.addLayout(form)
         self.model.changed.connect(self._show_fresh)
         self._show_fresh()
