@@ -1,9 +1,9 @@
 """The main job on a synthetic heart cohort, from files to files: what `kaf demo` runs.
 
-Unlabelled subjects pretrain an encoder. Three labelled slices of one other subject, and the unlabelled ones
-by pseudo-labels, then train two models for as many steps, one from that encoder and one from random weights.
-Both segment subjects that neither has seen, and their Dice scores are set side by side; the other slices of the
-labelled subject are segmented as well.
+Unlabelled subjects pretrain the encoder of a KAF-UNet. Three labelled slices of one other subject, and the
+unlabelled ones by pseudo-labels, then train two models for as long: that one, and the plain UNet with random weights
+that `kaf finetune` takes without a start. Both segment subjects that neither has seen, and their Dice scores are set
+side by side; the UNet segments the other slices of the labelled subject as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from kaf_model.cases import class_names, read_cases
 from kaf_model.checkpoint import Model
-from kaf_model.config import Recipe
+from kaf_model.config import ModelConfig, Recipe
 from kaf_model.demo_volume import RestOfVolume, segment_rest
 from kaf_model.errors import UserError
 from kaf_model.evaluate import Scores, evaluate_folders
@@ -37,11 +37,10 @@ from kaf_model.volume import read_labels, read_volume
 
 Result = TypeVar("Result")
 
-STARTS = ("pretrained", "random")
+STARTS = {"pretrained": "pretrained KAF-UNet", "fresh": "plain UNet"}
+"""What the finetunings start from, and what comes of it."""
 PRETRAINING_SHARE = 0.4
 """Part of the time budget; each of the two finetunings has half of the rest."""
-_PATIENCE = 1.5
-"""The second finetuning may take this many times as long as the first to make as many steps."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class DemoResult:
         scores: By start, on the unseen subjects.
         steps: Finetuning steps by start.
         pretraining_steps: Steps of the pretraining.
-        rest: The other slices of the labelled subject, by the pretrained start.
+        rest: The other slices of the labelled subject, by the plain UNet.
         figure: Slices of an unseen subject with contours.
         size: How much there was.
     """
@@ -160,12 +159,15 @@ def run_demo(
         names=[case],
         marks={SliceStatus.COMPLETE: [(case, size.labelled_slices)]},
     )
-    finetuning = recipe.finetune.override(steps=None, epochs=None, time_budget=time_left() / 2, seed=seed)
+    finetuning = recipe.finetune.override(
+        steps=None, epochs=None, time_budget=time_left() / len(STARTS), seed=seed
+    )
+    fresh = recipe.model.override(architecture=ModelConfig.fresh("small").architecture)
     models: dict[str, Model] = {}
     steps: dict[str, int] = {}
-    for name in STARTS:
+    for name, title in STARTS.items():
         work = finetune(
-            None if name == "pretrained" else recipe.model,
+            None if name == "pretrained" else fresh,
             cases,
             finetuning,
             start=start if name == "pretrained" else None,
@@ -177,11 +179,8 @@ def run_demo(
             device=device,
             cache=cache,
         )
-        finetuned = yield from _named(f"finetuning, {name} start", work)
+        finetuned = yield from _named(f"finetuning, {title}", work)
         models[name], steps[name] = finetuned.model, len(finetuned.curve)
-        # As many steps for the other, so that a machine that slows down favours neither; but not forever.
-        patience = _PATIENCE * (finetuning.time_budget or 0)
-        finetuning = finetuning.override(steps=steps[name], time_budget=patience)
 
     scores: dict[str, Scores] = {}
     for name, model in models.items():
@@ -189,16 +188,16 @@ def run_demo(
         planned = plan_outputs(output / "unseen" / "images", predictions, overwrite=True)
         planned = [plan for plan in planned if plan.volume in unseen]
         segmenting = segment_files(model, planned, recipe.segment, cache=cache)
-        yield from _quietly(f"segmenting, {name} start", segmenting)
+        yield from _quietly(f"segmenting, {STARTS[name]}", segmenting)
         write_class_names(predictions, model.classes)
         scores[name] = yield from _quietly(
-            f"evaluating, {name} start", evaluate_folders(predictions, output / "unseen" / "labels")
+            f"evaluating, {STARTS[name]}", evaluate_folders(predictions, output / "unseen" / "labels")
         )
         scores[name].to_csv(output / f"scores-{name}-start.csv")
     rest = yield from _quietly(
         "segmenting the labelled subject",
         segment_rest(
-            models["pretrained"], cases[0], output / "labelled" / f"{case}-segmented.nii.gz", cache=cache
+            models["fresh"], cases[0], output / "labelled" / f"{case}-segmented.nii.gz", cache=cache
         ),
     )
     figure = _draw(output, unseen[0], scores)
@@ -206,7 +205,7 @@ def run_demo(
 
 
 def demo_report(result: DemoResult) -> str:
-    """Return the Dice scores of both starts side by side, and where the files are."""
+    """Return the Dice scores of both models side by side, and where the files are."""
     size, folder = result.size, result.folder
     rows = {
         summary.name: [summary.dice, other.dice]
@@ -220,9 +219,9 @@ def demo_report(result: DemoResult) -> str:
         f"Dice on {size.unseen} unseen subjects (mean ± standard deviation), each model trained on "
         f"{len(size.labelled_slices)} labelled slices:",
         "",
-        f"  {'':{width}}  {'pretrained start':>16}  {'random start':>16}",
-        *(f"  {name:{width}}  {_dice(dice[0]):>16}  {_dice(dice[1]):>16}" for name, dice in rows.items()),
-        f"  {'mean':{width}}  {means[0]:>16.3f}  {means[1]:>16.3f}",
+        f"  {'':{width}}  {STARTS['pretrained']:>19}  {STARTS['fresh']:>16}",
+        *(f"  {name:{width}}  {_dice(dice[0]):>19}  {_dice(dice[1]):>16}" for name, dice in rows.items()),
+        f"  {'mean':{width}}  {means[0]:>19.3f}  {means[1]:>16.3f}",
         "",
         textwrap.fill(
             f"{_verdict(means[0] - means[1])} {_effort(result)} One cohort and one seed prove little: longer "
@@ -231,10 +230,10 @@ def demo_report(result: DemoResult) -> str:
         ),
         "",
         f"  figure       {result.figure}",
-        f"  label maps   {_predictions(folder, 'pretrained')}/ and {_predictions(folder, 'random')}/",
+        f"  label maps   {_predictions(folder, 'pretrained')}/ and {_predictions(folder, 'fresh')}/",
         f"               {result.rest.labels}",
-        f"  models       {folder / 'pretrained-start.safetensors'}, {folder / 'random-start.safetensors'}",
-        f"  scores       {folder / 'scores-pretrained-start.csv'}, {folder / 'scores-random-start.csv'}",
+        f"  models       {folder / 'pretrained-start.safetensors'}, {folder / 'fresh-start.safetensors'}",
+        f"  scores       {folder / 'scores-pretrained-start.csv'}, {folder / 'scores-fresh-start.csv'}",
     ]
     return "\n".join(lines)
 
@@ -246,18 +245,17 @@ def _dice(mean_and_std: tuple[float, float]) -> str:
 
 def _verdict(difference: float) -> str:
     if abs(difference) < 0.005:
-        return "Here the two starts come out the same."
-    better = "pretrained" if difference > 0 else "random"
-    return f"Here the {better} start is better by {abs(difference):.3f} Dice."
+        return "Here the two come out the same."
+    better = STARTS["pretrained" if difference > 0 else "fresh"]
+    return f"Here the {better} is better by {abs(difference):.3f} Dice."
 
 
 def _effort(result: DemoResult) -> str:
-    pretrained, random = (result.steps[name] for name in STARTS)
-    before = f"after {result.pretraining_steps} steps of pretraining on {result.size.unlabelled} unlabelled subjects"
-    if pretrained == random:
-        return f"Both were finetuned for {random} steps, the one {before}."
-    slower = "the machine slowed down, so the budgets are not equal"
-    return f"They were finetuned for {pretrained} steps, {before}, and {random} steps: {slower}."
+    before = (
+        f"after {result.pretraining_steps} of pretraining on {result.size.unlabelled} unlabelled subjects"
+    )
+    pretrained, fresh = (result.steps[name] for name in STARTS)
+    return f"In the same time they were finetuned for {pretrained} steps, {before}, and for {fresh} steps."
 
 
 def _predictions(folder: Path, start: str) -> Path:
@@ -324,10 +322,10 @@ def _draw(output: Path, image: Path, scores: dict[str, Scores]) -> Path:
     labelled = np.flatnonzero(reference.any(axis=(1, 2)))
     shown = np.unique(np.linspace(labelled[0], labelled[-1], 5).round().astype(int))
     predictions = {}
-    for name in STARTS:
+    for name, title in STARTS.items():
         labels = read_labels(_predictions(output, name) / image.name, like=volume)
         own = [row.dice for row in scores[name].rows if row.volume == volume.name]
-        predictions[f"{name} start\nDice {np.nanmean(own):.2f}"] = labels[shown]
+        predictions[f"{title}\nDice {np.nanmean(own):.2f}"] = labels[shown]
     figure = segmentation_contours(
         volume.array[shown],
         reference[shown],
