@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from kaf_model.config import PRESETS
 from kaf_model.errors import UserError
+from kaf_model.presets import PRESETS
 
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 

@@ -13,8 +13,9 @@ from typing import Any, get_args
 import yaml
 
 from kaf_model.cli_options import one_of
-from kaf_model.config import KAF_FIELDS, PRESETS, ModelConfig, PresetName, Recipe, Settings
+from kaf_model.config import KAF_FIELDS, ModelConfig, Recipe, Settings
 from kaf_model.errors import UserError
+from kaf_model.presets import PRESETS, PresetName
 from kaf_model.settings_layers import layered_recipe, merge_settings
 
 

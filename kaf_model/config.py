@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-PresetName = Literal["small", "base", "paper-acdc", "paper-chd"]
-PRESETS: tuple[PresetName, ...] = ("small", "base", "paper-acdc", "paper-chd")
+from kaf_model.presets import AUGMENTATIONS, PresetName, preset_values
+
 KAF_FIELDS = frozenset(
     {
         "kaf_levels",
@@ -167,7 +167,7 @@ class ModelConfig(Settings):
         Raises:
             ValueError: On an unknown preset or field.
         """
-        return cls.model_validate({**_preset("model", name), **overrides})
+        return cls.model_validate({**preset_values("model", name), **overrides})
 
     @classmethod
     def fresh(cls, name: PresetName, **overrides: Any) -> ModelConfig:
@@ -176,7 +176,7 @@ class ModelConfig(Settings):
         That of the preset, but for `small` the plain UNet: in a few minutes on two cores it is ahead, pretrained
         KAF-UNets included (see the results in the README).
         """
-        return cls.preset(name, **{**_preset("fresh", name), **overrides})
+        return cls.preset(name, **{**preset_values("fresh", name), **overrides})
 
 
 class AugmentConfig(Settings):
@@ -240,23 +240,11 @@ class AugmentConfig(Settings):
     @classmethod
     def preset(cls, name: Literal["strong", "paper", "none"], **overrides: Any) -> AugmentConfig:
         """Return named ranges: `strong` (default), `paper` (the published implementation's), `none` (crop only)."""
-        presets: dict[str, dict[str, Any]] = {
-            "strong": {},
-            "paper": {
-                "crop": (352, 352),
-                "spatial_probability": 0.67,
-                "mirror": True,
-                "rotation": 180.0,
-                "scale": (0.7, 1.3),
-                "elastic_alpha": (100.0, 350.0),
-                "elastic_sigma": (14.0, 17.0),
-                "intensity_probability": 0.0,
-            },
-            "none": {"spatial_probability": 0.0, "intensity_probability": 0.0},
-        }
-        if name not in presets:
-            raise ValueError(f"unknown augmentation preset {name!r}; choose one of {', '.join(presets)}")
-        return cls.model_validate({**presets[name], **overrides})
+        if name not in AUGMENTATIONS:
+            raise ValueError(
+                f"unknown augmentation preset {name!r}; choose one of {', '.join(AUGMENTATIONS)}"
+            )
+        return cls.model_validate({**AUGMENTATIONS[name], **overrides})
 
 
 def _check_halves(name: str, crop: tuple[int, int] | None) -> None:
@@ -357,7 +345,7 @@ class PretrainConfig(TrainingConfig):
     @classmethod
     def preset(cls, name: PresetName, **overrides: Any) -> PretrainConfig:
         """Return the named pretraining settings, any field overridden by keyword."""
-        return cls.model_validate({**_preset("pretrain", name), **overrides})
+        return cls.model_validate({**preset_values("pretrain", name), **overrides})
 
 
 class PseudoLabelConfig(Settings):
@@ -448,7 +436,7 @@ class FinetuneConfig(TrainingConfig):
     @classmethod
     def preset(cls, name: PresetName, **overrides: Any) -> FinetuneConfig:
         """Return the named finetuning settings, any field overridden by keyword."""
-        return cls.model_validate({**_preset("finetune", name), **overrides})
+        return cls.model_validate({**preset_values("finetune", name), **overrides})
 
 
 class SegmentConfig(Settings):
@@ -484,105 +472,4 @@ class Recipe(Settings):
     @classmethod
     def preset(cls, name: PresetName) -> Recipe:
         """Return every setting of a named preset."""
-        return cls.model_validate({part: _preset(part, name) for part in cls.model_fields})
-
-
-def _preset(part: str, name: str) -> dict[str, Any]:
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return _PRESETS[name].get(part, {})
-
-
-_PUBLISHED_MODEL = {
-    "kaf_levels": (1, 2, 3, 4),
-    "embedding_width": 256,
-    "heads": 4,
-    "attention_blocks": 12,
-    "position_reference": None,
-}
-_PUBLISHED_PRETRAIN = {
-    "steps": None,
-    "epochs": 50,
-    "batch_size": 32,
-    "optimizer": "sgd",
-    "learning_rate": 0.002,
-    "warmup": 0.0,
-    "weight_decay": 1e-5,
-    "gradient_clip": None,
-    "contrastive_scale": 0.1 / 0.07,
-    "normalised_head": False,
-}
-_PUBLISHED_FINETUNE = {
-    "steps": None,
-    "batch_size": 10,
-    "foreground": 0.0,
-    "optimizer": "adam",
-    "learning_rate_floor": 0.1,
-    "warmup": 0.0,
-    "weight_decay": 1e-5,
-    "gradient_clip": None,
-    "loss": "cross-entropy",
-    "averaging": 0.0,
-    "pseudo_labels": {"share": 0.0},
-}
-
-_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "small": {
-        "model": {"position_reference": 128.0, "decoder": "narrow"},
-        "fresh": {"architecture": "unet"},
-        # A slice's place along the body shows only in a wide view: small crops taught nothing.
-        "pretrain": {
-            "batch_size": 12,
-            "learning_rate": 1e-3,
-            "sinkhorn_iterations": 30,
-            "augment": {"scale": (0.5, 0.9), "rotation": 20.0, "elastic_alpha": (0.0, 150.0)},
-        },
-        # In the same time many small steps teach far more than few large ones.
-        "finetune": {"batch_size": 4, "steps": 3000, "early_crop": (64, 64)},
-    },
-    "base": {
-        "slices": {"spacing": 1.25},
-        "model": {
-            "start_channels": 32,
-            "kaf_levels": (2, 3, 4),
-            "embedding_width": 128,
-            "attention_blocks": 6,
-            "decoder": "narrow",
-            "position_reference": 192.0,
-        },
-        "pretrain": {"batch_size": 32, "steps": 10_000, "augment": {"crop": (192, 192)}},
-        "finetune": {"steps": 4000, "augment": {"crop": (192, 192)}},
-    },
-    "paper-acdc": {
-        "slices": {"spacing": 1.25, "clip_percentiles": (0.0, 100.0)},
-        "model": {**_PUBLISHED_MODEL, "start_channels": 48, "num_classes": 4},
-        "pretrain": {
-            **_PUBLISHED_PRETRAIN,
-            "position_threshold": 0.35,
-            "neighbour_range": 0.18,
-            "augment": AugmentConfig.preset("paper").model_dump(),
-        },
-        "finetune": {
-            **_PUBLISHED_FINETUNE,
-            "epochs": 200,
-            "learning_rate": 5e-4,
-            "augment": AugmentConfig.preset("paper").model_dump(),
-        },
-    },
-    "paper-chd": {
-        "slices": {"spacing": None},
-        "model": {**_PUBLISHED_MODEL, "start_channels": 32, "num_classes": 8},
-        "pretrain": {
-            **_PUBLISHED_PRETRAIN,
-            "position_threshold": 0.1,
-            "neighbour_range": 0.05,
-            "augment": AugmentConfig.preset("paper", crop=(512, 512)).model_dump(),
-        },
-        "finetune": {
-            **_PUBLISHED_FINETUNE,
-            "epochs": 100,
-            "learning_rate": 5e-5,
-            "augment": AugmentConfig.preset("none", crop=None).model_dump(),
-        },
-    },
-}
+        return cls.model_validate({part: preset_values(part, name) for part in cls.model_fields})

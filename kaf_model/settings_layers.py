@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from kaf_model.config import PresetName, Recipe, Settings
+from kaf_model.config import Recipe, Settings
 from kaf_model.errors import UserError
+from kaf_model.presets import PresetName
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 

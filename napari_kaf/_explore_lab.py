@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kaf_model.config import KeypointConfig, PresetName, Recipe
+from kaf_model.config import KeypointConfig, Recipe
+from kaf_model.presets import PresetName
 from kaf_model.progress import Progress
 from kaf_model.volume import Volume
 from napari_kaf._device import describe_device, share_processor

@@ -12,8 +12,9 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from kaf_model.config import PresetName, Settings
+from kaf_model.config import Settings
 from kaf_model.errors import UserError
+from kaf_model.presets import PresetName
 from kaf_model.settings_layers import validated
 
 Layout = Literal["acdc", "pairs", "imagechd", "synapse", "decathlon", "phantom"]

@@ -14,7 +14,7 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
-from kaf_model.config import PRESETS
+from kaf_model.presets import PRESETS
 from napari_kaf._models import SCRATCH, ModelChoice
 from napari_kaf._settings import DEVICES, NETWORKS, description, settings
 from napari_kaf.widgets._model_box import ModelBox

@@ -13,8 +13,9 @@ from qtpy.QtWidgets import (
     QPushButton,
 )
 
-from kaf_model.config import PRESETS, PretrainConfig, Recipe
+from kaf_model.config import PretrainConfig, Recipe
 from kaf_model.errors import UserError
+from kaf_model.presets import PRESETS
 from napari_kaf._form import spin_box
 from napari_kaf._jobs import Report
 from napari_kaf._pair_picture import PairPicture

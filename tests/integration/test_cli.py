@@ -24,9 +24,10 @@ from kaf_model.checkpoint import load_model
 from kaf_model.cli import main
 from kaf_model.cli_options import duration_text, parse_classes, parse_duration, parse_slices
 from kaf_model.cli_settings import choose_settings
-from kaf_model.config import PRESETS, Recipe
+from kaf_model.config import Recipe
 from kaf_model.errors import UserError
 from kaf_model.phantom import HEART_CLASSES, write_cohort
+from kaf_model.presets import PRESETS
 from kaf_model.training_files import resume_path
 
 SHAPE, SPACING = (5, 48, 64), (8.0, 3.0, 3.0)
