@@ -173,8 +173,8 @@ class ModelConfig(Settings):
     def fresh(cls, name: PresetName, **overrides: Any) -> ModelConfig:
         """Return the architecture that a finetuning from random weights takes unless told otherwise.
 
-        That of the preset, but for `small` the plain UNet: in a few minutes on two cores it is ahead, pretrained
-        KAF-UNets included (see the results in the README).
+        That of the preset, but for `small` the plain UNet: from random weights it is ahead in a few minutes on two
+        cores (see the results in the README).
         """
         return cls.preset(name, **{**preset_values("fresh", name), **overrides})
 
@@ -382,7 +382,7 @@ class PseudoLabelConfig(Settings):
         "aside: of a few slices the model learns its own mistakes.",
     )
     propagation: float = Field(
-        2.0,
+        4.0,
         ge=0,
         description="Weight of what finished slices say of the other slices of their volume; 0 leaves it to the model.",
     )
@@ -450,7 +450,7 @@ class SegmentConfig(Settings):
         "were labelled, of all classes, or of none.",
     )
     propagation: float = Field(
-        2.0,
+        4.0,
         ge=0,
         description="Weight of what finished slices of the same volume say of the others, against the network; 0 "
         "leaves it to the network.",

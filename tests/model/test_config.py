@@ -4,7 +4,6 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from kaf_model.config import (
-    PRESETS,
     AugmentConfig,
     FinetuneConfig,
     ModelConfig,
@@ -13,6 +12,7 @@ from kaf_model.config import (
     SegmentConfig,
     SliceConfig,
 )
+from kaf_model.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)
