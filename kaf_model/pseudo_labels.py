@@ -44,7 +44,7 @@ from kaf_model.volume_queue import VolumeFiles
 _SLICES_A_PASS = 8
 
 USES = 5
-"""How often a pseudo-labelled slice is learnt from, on average, before it is labelled anew, or more often."""
+"""How often a pseudo-labelled slice is learnt from, on average, before it is labelled anew; or more often."""
 
 
 @dataclass(frozen=True)
