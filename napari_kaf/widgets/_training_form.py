@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from qtpy.QtWidgets import (
@@ -49,17 +50,29 @@ class TrainingForm(QWidget):
         self.device.setCurrentText(kept.device)
         self.hold_out = QCheckBox("Measure Dice on held-out slices")
         self.hold_out.setChecked(kept.hold_out)
-        fields: tuple[tuple[str, QWidget, str, Any], ...] = (
-            ("Network", self.network, "network", self.network.currentIndexChanged),
-            ("Size", self.preset, "preset", self.preset.currentTextChanged),
-            ("Minutes", self.minutes, "minutes", self.minutes.valueChanged),
-            ("Device", self.device, "device", self.device.currentTextChanged),
-            (self.hold_out.text(), self.hold_out, "hold_out", self.hold_out.toggled),
+        fields: tuple[tuple[str, QWidget, str, Any, Callable[[], Any]], ...] = (
+            (
+                "Network",
+                self.network,
+                "network",
+                self.network.currentIndexChanged,
+                self.network.currentData,
+            ),
+            ("Size", self.preset, "preset", self.preset.currentTextChanged, self.preset.currentText),
+            ("Minutes", self.minutes, "minutes", self.minutes.valueChanged, self.minutes.value),
+            ("Device", self.device, "device", self.device.currentTextChanged, self.device.currentText),
+            (
+                self.hold_out.text(),
+                self.hold_out,
+                "hold_out",
+                self.hold_out.toggled,
+                self.hold_out.isChecked,
+            ),
         )
-        for title, widget, name, changed in fields:
+        for title, widget, name, changed, value in fields:
             widget.setToolTip(description(name))
             widget.setAccessibleName(title)
-            changed.connect(lambda value, name=name: setattr(settings(), name, self._kept(name, value)))
+            changed.connect(lambda *_, name=name, value=value: setattr(settings(), name, value()))
         network_and_size = QHBoxLayout()
         network_and_size.addWidget(self.network, 1)
         network_and_size.addWidget(self.preset, 1)
@@ -80,9 +93,6 @@ class TrainingForm(QWidget):
     def architecture(self) -> str:
         """The network that starts from random weights, as the engine names it."""
         return str(self.network.currentData())
-
-    def _kept(self, name: str, value: Any) -> Any:
-        return self.architecture if name == "network" else value
 
     def _show_fresh(self) -> None:
         fresh = self.choice is SCRATCH

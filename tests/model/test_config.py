@@ -4,6 +4,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from kaf_model.config import (
+    KAF_FIELDS,
     AugmentConfig,
     FinetuneConfig,
     ModelConfig,
@@ -86,6 +87,10 @@ def test_any_field_can_be_overridden():
 def test_mistakes_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_only_kaf_layers_have_are_settings_of_the_model():
+    assert set(ModelConfig.model_fields) > KAF_FIELDS
 
 
 def test_settings_cannot_be_changed_in_place():
