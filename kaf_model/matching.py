@@ -23,6 +23,10 @@ _ITERATIONS_A_KERNEL = 5
 more than about the logarithm of the number of keypoints an iteration, so that five stay within float32."""
 
 
+_LARGEST_TOGETHER = 2**16
+"""Entries of a pair's matrix up to which several pairs share their operations: beyond it they leave the cache."""
+
+
 class _LogSinkhorn(torch.autograd.Function):
     """Potentials of the transport, by few exponentials: between them an iteration is two matrix-vector products.
 
@@ -50,8 +54,8 @@ class _LogSinkhorn(torch.autograd.Function):
                 kernel = _kernel(costs, first_rows, first_columns)
                 right = torch.ones_like(first_columns)
                 for _ in range(min(_ITERATIONS_A_KERNEL, iterations - len(rows))):
-                    left = _scaling(row_mass, torch.einsum("pnm,pm->pn", kernel, right))
-                    right = _scaling(column_mass, torch.einsum("pnm,pn->pm", kernel, left))
+                    left = _scaling(row_mass, _times(kernel, right))
+                    right = _scaling(column_mass, _times(kernel.mT, left))
                     rows.append(first_rows + left.log())
                     columns.append(first_columns + right.log())
                 if tolerance and (columns[-1] - columns[-2]).abs().max() < tolerance:
@@ -77,12 +81,12 @@ class _LogSinkhorn(torch.autograd.Function):
                     right, before = ((columns[s] - columns[start]).exp() for s in (step + 1, step))
                     grad_log_columns += grad_columns
                     weighted = right * of_column * grad_columns
-                    grad_rows = grad_rows - left * torch.einsum("pnm,pm->pn", kernel, weighted)
+                    grad_rows = grad_rows - left * _times(kernel, weighted)
                     lefts.append(left)
                     rights.append(weighted)
                     grad_log_rows += grad_rows
                     weighted = left * of_row * grad_rows
-                    grad_columns = -before * torch.einsum("pnm,pn->pm", kernel, weighted)
+                    grad_columns = -before * _times(kernel.mT, weighted)
                     lefts.append(weighted)
                     rights.append(before)
                     grad_rows = torch.zeros_like(grad_rows)
@@ -98,6 +102,18 @@ class _LogSinkhorn(torch.autograd.Function):
 
 def _kernel(costs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return (costs + rows[:, :, None]).add_(columns[:, None, :]).exp_()
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """(P, N, M) times (P, M) -> (P, N).
+
+    CPUs are slow at batched products with vectors: one is multiplied as a matrix, of several the products are summed.
+    """
+    if matrices.device.type != "cpu":
+        return torch.einsum("pnm,pm->pn", matrices, vectors)
+    if len(matrices) == 1:
+        return (matrices[0] @ vectors[0])[None]
+    return (matrices * vectors[:, None, :]).sum(2)
 
 
 def _scaling(mass: Tensor, sums: Tensor) -> Tensor:
@@ -129,15 +145,22 @@ def log_optimal_transport(
         set. Meaningless where padding is.
     """
     scores, bin_score = scores.float(), bin_score.float()
-    if scores.device.type == "cpu":
+    if scores.device.type == "cpu" and not _go_together(valid0, valid1):
         return _transport_each(scores, bin_score, valid0, valid1, iterations, tolerance)
     return _transport_padded(scores, bin_score, valid0, valid1, iterations, tolerance)
+
+
+def _go_together(valid0: Tensor, valid1: Tensor) -> bool:
+    """Whether a CPU is faster with all pairs at once: small ones with little padding."""
+    padded = valid0.shape[1] * valid1.shape[1]
+    own = (valid0.sum(1) * valid1.sum(1)).float().mean()
+    return padded <= _LARGEST_TOGETHER and bool(own >= 0.7 * padded)
 
 
 def _transport_each(
     scores: Tensor, bin_score: Tensor, valid0: Tensor, valid1: Tensor, iterations: int, tolerance: float
 ) -> Tensor:
-    """Pair after pair, each without its padding; CPUs multiply one matrix by a vector far faster than several."""
+    """Pair after pair, each without its padding, which large products would not be free of."""
     _, num0, num1 = scores.shape
     assignments = []
     for pair_scores, pair_valid0, pair_valid1 in zip(scores, valid0, valid1, strict=True):
