@@ -243,6 +243,8 @@ class SpatialTransform:
             (B, N, 2) positions within 0..h-1 and 0..w-1, and (B, N) bool: false, and the position zero, for
             points that were invalid, lay outside their slice, or left the output.
         """
+        if not positions.shape[1]:
+            return positions.float(), valid
         valid = valid & self._within_slice(positions)
         shifted = torch.where(valid[..., None], positions.float(), 0.0) - self.offset[:, None]
         targets = _solve(self.matrix[:, None], shifted)

@@ -40,13 +40,14 @@ class WeightAverage:
         self.best_dice: float | None = None
         self._best: dict[str, Tensor] | None = None
 
-        def blend(average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-            if not average.is_floating_point():
-                return current
+        def blend(averages: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+            if not averages[0].is_floating_point():  # tensors come grouped by type
+                torch._foreach_copy_(averages, current)
+                return
             share = min(decay, (1 + int(count)) / (10 + int(count)))  # a short training forgets its start too
-            return average.lerp(current, 1 - share)
+            torch._foreach_lerp_(averages, current, 1 - share)
 
-        self._model = AveragedModel(network, avg_fn=blend, use_buffers=True)
+        self._model = AveragedModel(network, multi_avg_fn=blend, use_buffers=True)
 
     def update(self) -> None:
         """Take the weights after a step into the average."""

@@ -41,10 +41,10 @@ class ChosenSettings:
     def fresh_model(self) -> ModelConfig:
         """The architecture of a finetuning from random weights, see `ModelConfig.fresh`.
 
-        Who asks for an architecture, or for anything that only KAF layers have, gets that.
+        Who asks for anything that only KAF layers have gets that.
         """
         asked = self.asked_for("model")
-        if asked.keys() & {"architecture", *KAF_FIELDS}:
+        if asked.keys() & KAF_FIELDS:
             return self.recipe.model
         return ModelConfig.fresh(self.preset, **asked)
 

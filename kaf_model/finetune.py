@@ -142,7 +142,8 @@ def finetune(
     classes = ClassMap.of_labels(cases, class_names or _names_of(origin, cases))
     config = config.override(num_classes=len(classes))
     fabric = fabric or make_fabric(device)
-    prepared, labelled = yield from prepare_labelled(cases, classes, slices, keypoints, cache=cache)
+    looked_for = keypoints if config.reads_keypoints else None
+    prepared, labelled = yield from prepare_labelled(cases, classes, slices, looked_for, cache=cache)
     names = [f"{c.volume.name}:{z}:{status}" for c in cases for z, status in sorted(c.statuses.items())]
     check_learnable([item.labels for item in labelled], classes)
     held = _held_out(len(labelled), training)
@@ -156,7 +157,7 @@ def finetune(
             unlabelled,
             classes,
             slices,
-            keypoints,
+            looked_for,
             training.pseudo_labels,
             propagations=propagations,
             cache=cache,

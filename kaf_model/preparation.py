@@ -86,7 +86,7 @@ class SliceStore:
 def prepare_volumes(
     volumes: Iterable[Volume | Unreadable | str | Path],
     slices: SliceConfig,
-    keypoints: KeypointConfig,
+    keypoints: KeypointConfig | None,
     *,
     cache: KeypointCache | None = None,
     store: SliceStore | None = None,
@@ -97,7 +97,7 @@ def prepare_volumes(
         volumes: Volumes, or paths that are read here. They are taken one at a time, so that an iterable that
             reads them when asked keeps only one in memory.
         slices: Preprocessing.
-        keypoints: Detection.
+        keypoints: Detection; None looks for none.
         cache: Keypoints found before; None detects all.
         store: Where slices are kept.
 
@@ -111,7 +111,7 @@ def prepare_volumes(
         UserError: If none can be used.
     """
     store = store or SliceStore()
-    detector = make_detector(keypoints)
+    detector = make_detector(keypoints) if keypoints else None
     total = len(volumes) if isinstance(volumes, Sized) else None
     prepared: list[PreparedVolume] = []
     passed_over: list[str] = []
@@ -147,11 +147,11 @@ def prepare_labelled(
     cases: Sequence[LabelledVolume],
     classes: ClassMap,
     config: SliceConfig,
-    keypoints: KeypointConfig,
+    keypoints: KeypointConfig | None,
     *,
     cache: KeypointCache | None = None,
 ) -> Generator[Progress, None, tuple[list[PreparedVolume], list[LabelledSlice]]]:
-    """Prepare the labelled slices of labelled volumes, and only those.
+    """Prepare the labelled slices of labelled volumes, and only those; without `keypoints` none are looked for.
 
     Yields:
         One report a batch of slices.
@@ -159,7 +159,7 @@ def prepare_labelled(
     Returns:
         The volumes, each with its labelled slices only, and all labelled slices in order.
     """
-    store, detector = SliceStore(), make_detector(keypoints)
+    store, detector = SliceStore(), make_detector(keypoints) if keypoints else None
     volumes: list[PreparedVolume] = []
     labelled: list[LabelledSlice] = []
     for number, case in enumerate(cases):
@@ -181,13 +181,13 @@ def prepare_labelled(
 def prepare_slices(
     volume: Volume,
     config: SliceConfig,
-    detector: Detector,
+    detector: Detector | None,
     *,
     store: SliceStore,
     cache: KeypointCache | None = None,
     indices: Sequence[int] | None = None,
 ) -> Generator[int, None, PreparedVolume]:
-    """Resample, normalise and search for keypoints the slices of one volume, all or some.
+    """Resample, normalise and, with a detector, search for keypoints the slices of one volume, all or some.
 
     Yields:
         Slices done, now and then.
@@ -199,7 +199,8 @@ def prepare_slices(
     for start in range(0, len(wanted), 32):
         chunk = stack.images(wanted[start : start + 32])
         images[start : start + len(chunk)] = chunk
-        keypoints.extend(iter_detect(chunk, detector, cache=cache))
+        none = [Keypoints.empty(0)] * len(chunk)
+        keypoints.extend(none if detector is None else iter_detect(chunk, detector, cache=cache))
         yield start + len(chunk)
     intensity = dataclasses.asdict(stack.intensities)
     return PreparedVolume(

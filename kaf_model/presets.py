@@ -74,7 +74,7 @@ _PUBLISHED_FINETUNE = {
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "model": {"position_reference": 128.0, "decoder": "narrow"},
-        "fresh": {"architecture": "unet"},
+        "fresh": {"architecture": "unet", "start_channels": 8},
         # A slice's place along the body shows only in a wide view: small crops taught nothing.
         "pretrain": {
             "batch_size": 12,

@@ -71,7 +71,7 @@ def prepare_unlabelled(
     volumes: Collection[Volume | Unreadable | str | Path] | VolumeFiles,
     classes: ClassMap,
     slices: SliceConfig,
-    keypoints: KeypointConfig,
+    keypoints: KeypointConfig | None,
     config: PseudoLabelConfig,
     *,
     propagations: Sequence[Propagation] = (),
@@ -86,7 +86,7 @@ def prepare_unlabelled(
         volumes: Volumes without labels, read one at a time; the first `config.volumes` of them are used.
         classes: Channels of the labels.
         slices: Preprocessing.
-        keypoints: Detection.
+        keypoints: Detection; None looks for none.
         config: How many.
         propagations: What was carried before from the finished slices of some of the cases.
         cache: Keypoints found before.
@@ -97,7 +97,7 @@ def prepare_unlabelled(
     Returns:
         Volumes with at least one slice to label.
     """
-    store, detector = SliceStore(), make_detector(keypoints)
+    store, detector = SliceStore(), make_detector(keypoints) if keypoints else None
     pool: list[UnlabelledVolume] = []
     for number, case in enumerate(cases):
         free = [z for z in range(case.volume.num_slices) if _is_free(case, z)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kaf_model.config import Recipe
+from kaf_model.config import ModelConfig, Recipe
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 from kaf_model.volume import Volume
@@ -215,7 +215,7 @@ def _origin(request: FinetuneRequest) -> dict[str, Any]:
     if request.start is not None:
         return {"config": None, "start": load_checkpoint(request.start)}
     recipe = Recipe.preset(request.preset)  # type: ignore[arg-type]
-    model = recipe.model.override(architecture=request.architecture)
+    model = ModelConfig.fresh(request.preset, architecture=request.architecture)  # type: ignore[arg-type]
     return {"config": model, "slices": recipe.slices, "keypoints": recipe.keypoints}
 
 

@@ -378,22 +378,22 @@ def test_later_layers_win(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "architecture"),
+    ("given", "architecture", "channels"),
     [
-        ({}, "unet"),
-        ({"assignments": ["model.start_channels=8"]}, "unet"),
-        ({"preset": "base"}, "kaf-unet"),
-        ({"assignments": ["model.kaf_levels=[4]"]}, "kaf-unet"),
-        ({"assignments": ["model.architecture=kaf-unet"]}, "kaf-unet"),
-        ({"options": {"model": {"architecture": "kaf-unet"}}}, "kaf-unet"),
-        ({"options": {"model": {"architecture": None}}}, "unet"),
+        ({}, "unet", 8),
+        ({"assignments": ["model.start_channels=12"]}, "unet", 12),
+        ({"assignments": ["model.architecture=unet"]}, "unet", 8),
+        ({"preset": "base"}, "kaf-unet", 32),
+        ({"assignments": ["model.kaf_levels=[4]"]}, "kaf-unet", 16),
+        ({"assignments": ["model.architecture=kaf-unet"]}, "kaf-unet", 16),
+        ({"options": {"model": {"architecture": "kaf-unet"}}}, "kaf-unet", 16),
+        ({"options": {"model": {"architecture": None}}}, "unet", 8),
     ],
 )
-def test_what_a_finetuning_without_a_start_takes(given, architecture) -> None:
+def test_what_a_finetuning_without_a_start_takes(given, architecture, channels) -> None:
     chosen = choose_settings(**given)
-    expected = chosen.recipe.model.override(architecture=architecture)
+    expected = chosen.recipe.model.override(architecture=architecture, start_channels=channels)
     assert chosen.fresh_model() == expected
-    assert chosen.recipe.model.architecture == "kaf-unet"
 
 
 @pytest.mark.parametrize(

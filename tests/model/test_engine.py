@@ -15,6 +15,7 @@ import torch
 from kaf_model import (
     averaging,
     engine,
+    preparation,
 )
 from kaf_model import (
     finetune as finetune_module,
@@ -635,6 +636,40 @@ def test_the_average_of_the_weights_is_handed_over():
     assert last.curve == averaged.curve
     first, second = (result.model.network.head.weight for result in (last, averaged))
     assert 0 < (first - second).abs().max() < 0.1
+
+
+def test_the_average_forgets_its_start_and_counts_steps_as_they_are():
+    """Against the same sum, weight by weight: shares of 1/10 growing to the decay; counters are copied."""
+    network = build_network(SMALL.override(architecture="unet"))
+    average = averaging.WeightAverage(network, 0.3, [], ClassMap((ClassLabel(0, "background"),)))
+    batch_norm, expected = network.encoder.blocks[0][1], 0.0
+    for step in range(6):
+        network.head.weight.data.fill_(step**2)
+        batch_norm.running_mean.fill_(-step)
+        batch_norm.num_batches_tracked.fill_(step)
+        average.update()
+        share = min(0.3, (1 + step) / (10 + step))
+        expected = share * expected + (1 - share) * step**2 if step else 0.0
+        kept = average.network()
+        assert torch.allclose(kept.head.weight, torch.tensor(expected))
+        assert kept.encoder.blocks[0][1].num_batches_tracked == step
+    assert -5 < kept.encoder.blocks[0][1].running_mean[0] < -4
+
+
+def test_a_network_that_reads_no_keypoints_has_none_looked_for(monkeypatch):
+    searched = []
+    detect = preparation.iter_detect
+    monkeypatch.setattr(
+        preparation, "iter_detect", lambda *args, **more: searched.append(1) or detect(*args, **more)
+    )
+    training = FINETUNE.override(pseudo_labels=PSEUDO.override(share=0.5))
+    plain = SMALL.override(architecture="unet")
+    _, result = run_finetune(training, config=plain, unlabelled=[heart(1)[0]])
+    assert not searched
+    assert result.model.keypoints == KeypointConfig()
+    assert segment_volume(result.model, heart(3)[0]).shape == (4, 48, 64)
+    run_finetune(training, unlabelled=[heart(1)[0]])
+    assert searched
 
 
 def test_previews_are_copies_of_the_model_as_it_is():
