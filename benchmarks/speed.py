@@ -52,6 +52,7 @@ from kaf_model.keypoints import iter_detect
 from kaf_model.losses import matching_loss
 from kaf_model.phantom import make_heart
 from kaf_model.preparation import LabelledSlice
+from kaf_model.presets import PresetName
 from kaf_model.pretrain import PretrainingNetwork
 from kaf_model.unet import build_network
 
@@ -60,7 +61,7 @@ from kaf_model.unet import build_network
 class Shape:
     """What is measured: a preset, and what goes through its network."""
 
-    preset: str
+    preset: PresetName
     side: int
     keypoints: int
     pairs: int
@@ -226,15 +227,24 @@ def pretraining_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
     yield from step_rows(clock, "pretraining step, a pair", [ours, plain, recomputing], batch, pairs)
 
 
+def networks(preset: PresetName) -> dict[str, ModelConfig]:
+    """The networks of a preset by their names: those of its width, and what a finetuning starts afresh."""
+    kaf, plain, fresh = (
+        ModelConfig.preset(preset),
+        ModelConfig.preset(preset, architecture="unet"),
+        ModelConfig.fresh(preset),
+    )
+    narrower = {f"UNet of {fresh.start_channels} channels": fresh} if fresh != kaf else {}
+    return {"KAF-UNet": kaf, "plain UNet": plain, **narrower}
+
+
 def finetuning_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
     """A finetuning step of ten slices."""
-    model = ModelConfig.preset(shape.preset)
     tuning = FinetuneConfig.preset(shape.preset, epochs=None, steps=10**6)
-    for architecture, name in (("kaf-unet", "KAF-UNet"), ("unet", "plain UNet")):
-        kind = ModelConfig.preset(shape.preset, architecture=architecture)
+    for name, kind in networks(shape.preset).items():
         make = partial(lambda kind: FinetuningNetwork(build_network(kind), tuning), kind)
         three = trainers(make, tuning, clock.device.type)
-        labels = torch.randint(model.num_classes, (10, shape.side, shape.side), device=clock.device)
+        labels = torch.randint(kind.num_classes, (10, shape.side, shape.side), device=clock.device)
         labelled = LabelledBatch(views(shape, 10, clock.device), labels)
         yield from step_rows(clock, f"finetuning step, {name}, ten slices", three, labelled)
 
@@ -277,11 +287,9 @@ def matching(trainer: Trainer, batch: PretrainingBatch) -> Callable[[], object]:
 
 
 def inference_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
-    """Inference of the KAF-UNet and of the plain UNet, a slice of a batch of eight."""
-    for architecture, name in (("kaf-unet", "KAF-UNet"), ("unet", "plain UNet")):
-        network = (
-            build_network(ModelConfig.preset(shape.preset, architecture=architecture)).to(clock.device).eval()
-        )
+    """Inference, a slice of a batch of eight."""
+    for name, kind in networks(shape.preset).items():
+        network = build_network(kind).to(clock.device).eval()
         folded, batch = InferenceNetwork(network), views(shape, 8, clock.device)
         first = Views(batch.images.contiguous(), *batch[1:])
 
@@ -318,7 +326,7 @@ def data_rows(clock: Clock, shape: Shape) -> list[Row]:
 
 
 def file_rows(clock: Clock) -> list[Row]:
-    """Start-up, and a 216 x 256 x 10 volume from file to file with `small`, in processes of their own."""
+    """Start-up, and a 216 x 256 x 10 volume from file to file with networks of `small`, in processes of their own."""
 
     def seconds(*command: str) -> float:
         silent = subprocess.DEVNULL
@@ -330,21 +338,26 @@ def file_rows(clock: Clock) -> list[Row]:
         source, model, out = (
             Path(folder) / name for name in ("heart.nii.gz", "model.safetensors", "out.nii.gz")
         )
+        options = ["--model", str(model), "-o", str(out), "--overwrite", "--device", clock.device.type]
         heart = make_heart(0, shape=(10, 256, 216))
         nib.save(nib.Nifti1Image(heart.image.T.astype(np.int16), np.diag([1.5, 1.5, 8.0, 1.0])), source)
-        config = ModelConfig.preset("small", num_classes=4)
-        classes = tuple(ClassLabel(value, f"class {value}") for value in range(4))
-        Model(build_network(config).eval(), config, SliceConfig(), KeypointConfig(), classes).save(model)
-        options = ["--model", str(model), "-o", str(out), "--overwrite", "--device", clock.device.type]
         importing = min(
             seconds("-c", "import kaf_model.cli, kaf_model.segment_files, kaf_model.checkpoint")
-            for _ in range(2)
+            for _ in range(3)
         )
-        whole = min(seconds("-m", "kaf_model", "segment", str(source), *options) for _ in range(2))
+        classes = tuple(ClassLabel(value, f"class {value}") for value in range(4))
+        whole = {}
+        for name, kind in networks("small").items():
+            config = kind.override(num_classes=4)
+            Model(build_network(config).eval(), config, SliceConfig(), KeypointConfig(), classes).save(model)
+            whole[name] = min(seconds("-m", "kaf_model", "segment", str(source), *options) for _ in range(3))
     return [
         Row("`import kaf_model`, python included", min(seconds("-c", "import kaf_model") for _ in range(2))),
         Row("start-up: everything that `kaf segment` imports", importing),
-        Row("216 x 256 x 10 from file to file, `small`, after start-up", max(whole - importing, 0.0)),
+        *(
+            Row(f"216 x 256 x 10 from file to file, {name}, after start-up", max(took - importing, 0.0))
+            for name, took in whole.items()
+        ),
     ]
 
 
