@@ -17,6 +17,8 @@ from kaf_model.preparation import LabelledSlice
 from kaf_model.segment import predict_slices
 from kaf_model.unet import SegmentationNetwork, build_network
 
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 class WeightAverage:
     """Keeps the running average of a network's weights, and the best average on held-out slices.
@@ -40,7 +42,7 @@ class WeightAverage:
         self.best_dice: float | None = None
         self._best: dict[str, Tensor] | None = None
 
-        def blend(averages: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        def blend(averages: _Tensors, current: _Tensors, count: Tensor | int) -> None:
             if not averages[0].is_floating_point():  # tensors come grouped by type
                 torch._foreach_copy_(averages, current)
                 return
