@@ -162,7 +162,7 @@ def run_demo(
     finetuning = recipe.finetune.override(
         steps=None, epochs=None, time_budget=time_left() / len(STARTS), seed=seed
     )
-    fresh = ModelConfig.fresh("small")
+    fresh = recipe.model.override(architecture=ModelConfig.fresh("small").architecture)
     models: dict[str, Model] = {}
     steps: dict[str, int] = {}
     for name, title in STARTS.items():

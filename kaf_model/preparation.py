@@ -199,8 +199,10 @@ def prepare_slices(
     for start in range(0, len(wanted), 32):
         chunk = stack.images(wanted[start : start + 32])
         images[start : start + len(chunk)] = chunk
-        none = [Keypoints.empty(0)] * len(chunk)
-        keypoints.extend(none if detector is None else iter_detect(chunk, detector, cache=cache))
+        if detector is None:
+            keypoints.extend([Keypoints.empty(0)] * len(chunk))
+        else:
+            keypoints.extend(iter_detect(chunk, detector, cache=cache))
         yield start + len(chunk)
     intensity = dataclasses.asdict(stack.intensities)
     return PreparedVolume(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kaf_model.cli import main
-from kaf_model.config import AugmentConfig, ModelConfig, Recipe
+from kaf_model.config import AugmentConfig, Recipe
 from kaf_model.demo import DemoSize, demo_recipe, demo_report, run_demo
 
 SIZE = DemoSize(unlabelled=2, unseen=2, shape=(5, 48, 64), spacing=(8.0, 3.0, 3.0), labelled_slices=(1, 2, 3))
@@ -119,7 +119,7 @@ def test_both_models_learn_from_the_same_three_slices_for_as_long(tmp_path: Path
     assert ours["settings"] == theirs["settings"]
     assert ours["labelled_slices"] == theirs["labelled_slices"]
     assert len(ours["labelled_slices"]) == 3
-    assert fresh.model == ModelConfig.fresh("small", num_classes=pretrained.model.num_classes)
+    assert fresh.model == pretrained.model.override(architecture="unet")
 
 
 def test_a_demo_that_cannot_write_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
