@@ -3,8 +3,9 @@
 What a person labelled moves from slice to slice along the dense optical flow between neighbours (Kroeger et
 al., Fast Optical Flow using Dense Inverse Search, ECCV 2016); where two finished slices enclose a slice, the
 shapes that arrive from both are blended by their signed distances (shape-based interpolation: Raya and Udupa,
-IEEE TMI 9(1), 1990). The farther the nearest finished slice, the less a distance says, so that a network's
-probabilities decide where the shapes cannot. No training is needed: it is there as soon as one slice is done.
+IEEE TMI 9(1), 1990). The farther the nearest finished slice, the less a distance says, so that the slice's own
+intensities (`appearance.py`) and a network's probabilities decide where the shapes cannot. No training is needed: it
+is there as soon as one slice is done.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torch.nn import functional
 
+from kaf_model.appearance import Appearance
 from kaf_model.config import SliceConfig
 from kaf_model.labels import LabelledVolume, SliceStatus
 from kaf_model.preparation import SliceStore
@@ -50,6 +52,7 @@ class Propagation:
         finished: Slices that are complete or verified empty.
         distances: (Z, K, H, W) signed distance to the border of each channel's structure, mm, inside positive.
         blur: (Z,) uncertainty of the distances, mm.
+        appearance: What the structures look like on the finished slices; None lets the shapes speak alone.
     """
 
     case: LabelledVolume
@@ -58,6 +61,7 @@ class Propagation:
     finished: tuple[int, ...]
     distances: NDArray[np.float16]
     blur: NDArray[np.float32]
+    appearance: Appearance | None
 
     def fits(self, case: LabelledVolume, values: Iterable[int], slices: SliceConfig) -> bool:
         """Whether it was made of these very labels, for these channels and this grid."""
@@ -66,18 +70,22 @@ class Propagation:
         return same and self.values == tuple(values) and self.slices == slices
 
     def log_probabilities(self, rows: Sequence[int]) -> Tensor:
-        """Logarithms of the class probabilities of some slices, (n, K, H, W) float32."""
-        chosen = torch.from_numpy(self.distances[list(rows)].astype(np.float32))  # (n, K, H, W)
+        """Logarithms of the class probabilities of some slices by shapes and intensities, (n, K, H, W) float32."""
+        chosen = self.distances[list(rows)].astype(np.float32)  # (n, K, H, W)
         blur = torch.from_numpy(self.blur[list(rows)])[:, None, None, None]
-        return functional.logsigmoid(chosen / blur).log_softmax(1)
+        shapes = functional.logsigmoid(torch.from_numpy(chosen) / blur).log_softmax(1)
+        if self.appearance is not None:
+            for z, by_shape, distances in zip(rows, shapes.numpy(), chosen, strict=True):
+                by_shape[:] = self.appearance.refined(z, by_shape, distances)
+        return shapes
 
     def fused(self, probabilities: Tensor, rows: Sequence[int], weight: float = 1.0) -> Tensor:
-        """Combine a network's probabilities with those of the shapes, as a product of experts.
+        """Combine a network's probabilities with those of `log_probabilities`, as a product of experts.
 
         Args:
             probabilities: (n, K, H, W) of the slices `rows`.
             rows: Slices.
-            weight: Exponent on the probabilities of the shapes; 0 changes nothing.
+            weight: Exponent on what the finished slices say; 0 changes nothing.
 
         Returns:
             (n, K, H, W) float32 probabilities.
@@ -86,7 +94,7 @@ class Propagation:
         return (probabilities.clamp_min(1e-4).log() + weight * shapes).softmax(1)
 
     def labels(self) -> NDArray[np.integer]:
-        """The most probable label of each voxel by the shapes alone, (Z, Y, X) on the volume's grid."""
+        """The most probable label of each voxel without a network, (Z, Y, X) on the volume's grid."""
         stack = Slices(self.case.volume, self.slices)
         values = np.array(self.values, smallest_type(min(self.values), max(self.values)))
         labels = np.zeros(self.case.volume.shape, values.dtype)
@@ -146,7 +154,9 @@ def propagate(
     places = np.arange(stack.num_slices)
     gaps = np.abs(places[:, None] - np.array(finished)).min(1) * case.volume.spacing[0]
     blur = (BLUR * float(np.mean(stack.spacing)) + SLANT * gaps).astype(np.float32)
-    return Propagation(case, tuple(values), config, finished, carrier.distances(), blur)
+    distances = carrier.distances()
+    appearance = Appearance(stack, finished, distances)
+    return Propagation(case, tuple(values), config, finished, distances, blur, appearance)
 
 
 class _Carrier:
