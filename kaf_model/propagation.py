@@ -10,6 +10,7 @@ is there as soon as one slice is done.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,9 @@ BLUR = 0.5
 
 SLANT = 0.1
 """Growth of that uncertainty with the distance to the nearest finished slice, mm per mm."""
+
+END = 0.75
+"""Part of the way to a finished slice without it on which a structure ends, round like an ellipsoid."""
 
 ABSENT = 15.0
 """Distance in mm to a structure that no neighbouring finished slice shows."""
@@ -189,7 +193,7 @@ class _Carrier:
     ) -> Generator[None, None, None]:
         """Carry shapes from one finished slice towards the next, or, where there is none, to the last slice.
 
-        A structure that the next finished slice does not show ends half-way there.
+        A structure that the next finished slice does not show ends on the way there.
         """
         if step > 0:  # once for each finished slice
             for channel, distance in shapes[start].items():
@@ -207,7 +211,7 @@ class _Carrier:
                 if end is None or channel in shapes[end]:
                     self._add(z, channel, share * moved)
                 else:
-                    self._add(z, channel, moved - 2 * (1 - share) * float(distance.max()))
+                    self._add(z, channel, moved - (1 - _width_left(1 - share)) * float(distance.max()))
             yield
 
     def distances(self) -> NDArray[np.float16]:
@@ -236,6 +240,15 @@ class _Carrier:
         bottom, right = (max(0, _LEAST_SIDE - side) for side in smooth.shape)
         padded = cv2.copyMakeBorder(smooth, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
         return np.asarray(padded, dtype=np.uint8)
+
+
+def _width_left(way: float) -> float:
+    """Half width of a structure, as a part of what it was, on its way (0..1) to a slice without it.
+
+    Beyond its end below 0: as far outside as it was inside.
+    """
+    along = way / END
+    return math.sqrt(1 - along**2) if along < 1 else -along
 
 
 def _sampled(
