@@ -3,9 +3,9 @@
 What a person labelled moves from slice to slice along the dense optical flow between neighbours (Kroeger et
 al., Fast Optical Flow using Dense Inverse Search, ECCV 2016); where two finished slices enclose a slice, the
 shapes that arrive from both are blended by their signed distances (shape-based interpolation: Raya and Udupa,
-IEEE TMI 9(1), 1990). The farther the nearest finished slice, the less a distance says, so that the slice's own
-intensities (`appearance.py`) and a network's probabilities decide where the shapes cannot. No training is needed: it
-is there as soon as one slice is done.
+IEEE TMI 9(1), 1990), and the one whose picture fits better where it arrives counts more. The farther the nearest
+finished slice, the less a distance says, so that the slice's own intensities (`appearance.py`) and a network's
+probabilities decide where the shapes cannot. No training is needed: it is there as soon as one slice is done.
 """
 
 from __future__ import annotations
@@ -38,6 +38,15 @@ SLANT = 0.1
 
 END = 0.75
 """Part of the way to a finished slice without it on which a structure ends, round like an ellipsoid."""
+
+BORDER = 6.0
+"""Distance in mm to a structure's border within which it is seen how well a carried picture fits a slice."""
+
+LIKENESS_POWER = 4
+"""Exponent on the correlation there, by which shapes that arrive from two sides are weighed beside their distances."""
+
+LEAST_LIKENESS = 0.3
+"""Lowest correlation that is told from a lower one."""
 
 ABSENT = 15.0
 """Distance in mm to a structure that no neighbouring finished slice shows."""
@@ -172,7 +181,7 @@ class _Carrier:
     def __init__(self, case: LabelledVolume, values: Sequence[int], stack: Slices) -> None:
         self._sums = SliceStore().empty((stack.num_slices, len(values), *stack.shape))
         self._sums[:] = 0
-        self._reached = np.zeros((stack.num_slices, len(values)), bool)
+        self._weights = np.zeros((stack.num_slices, len(values)), np.float32)
         self._case, self._values, self._stack = case, values, stack
         self._flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         self._flow.setFinestScale(0)  # at full resolution
@@ -200,6 +209,7 @@ class _Carrier:
                 self._add(start, channel, distance)
         stop = end if end is not None else (self._stack.num_slices if step > 0 else -1)
         x, y, before = self._x, self._y, self._picture(start)
+        first = before.astype(np.float32)
         for z in range(start + step, stop, step):
             picture = self._picture(z)
             flow = self._flow.calc(picture, before, None)[: self._y.shape[0], : self._y.shape[1]]  # (H, W, 2)
@@ -208,21 +218,26 @@ class _Carrier:
             share = 1.0 if end is None else abs(end - z) / abs(end - start)
             for channel, distance in shapes[start].items():
                 moved = _sampled(distance, (x, y))
-                if end is None or channel in shapes[end]:
-                    self._add(z, channel, share * moved)
+                if end is None:
+                    self._add(z, channel, moved)
+                elif channel in shapes[end]:
+                    likeness = _likeness(_sampled(first, (x, y)), picture, np.abs(moved) < BORDER)
+                    self._add(z, channel, moved, share * likeness**LIKENESS_POWER)
                 else:
                     self._add(z, channel, moved - (1 - _width_left(1 - share)) * float(distance.max()))
             yield
 
     def distances(self) -> NDArray[np.float16]:
         """What arrived, (Z, K, H, W), with the background as the outside of all structures."""
-        self._sums[~self._reached] = -ABSENT
+        for sums, weights in zip(self._sums, self._weights, strict=True):
+            sums /= np.where(weights > 0, weights, 1).astype(np.float16)[:, None, None]
+            sums[weights == 0] = -ABSENT
         self._sums[:, 0] *= -1
         return self._sums
 
-    def _add(self, z: int, channel: int, distance: NDArray[np.float32]) -> None:
-        self._sums[z, channel] += distance.astype(np.float16)
-        self._reached[z, channel] = True
+    def _add(self, z: int, channel: int, distance: NDArray[np.float32], weight: float = 1.0) -> None:
+        self._sums[z, channel] += (weight * distance).astype(np.float16)
+        self._weights[z, channel] += weight
 
     def _distance(self, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
         spacing = self._stack.spacing
@@ -240,6 +255,14 @@ class _Carrier:
         bottom, right = (max(0, _LEAST_SIDE - side) for side in smooth.shape)
         padded = cv2.copyMakeBorder(smooth, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
         return np.asarray(padded, dtype=np.uint8)
+
+
+def _likeness(one: NDArray[np.float32], other: NDArray[np.uint8], where: NDArray[np.bool_]) -> float:
+    """Correlation of two pictures on some pixels, LEAST_LIKENESS at the least, and where nothing is to be seen."""
+    values = np.stack([one[where], other[where]]).astype(np.float64)
+    values -= values.mean(1, keepdims=True) if values.size else 0
+    scale = math.sqrt((values[0] @ values[0]) * (values[1] @ values[1]))
+    return max(LEAST_LIKENESS, float(values[0] @ values[1]) / scale) if scale else LEAST_LIKENESS
 
 
 def _width_left(way: float) -> float:
