@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter, gaussian_filter1d
+from scipy.ndimage import gaussian_filter1d
 
 from kaf_model.slices import Slices
 
@@ -67,26 +68,28 @@ class Appearance:
             structures.
         """
         near = _near(distances)
-        if z in self._histograms or not near.any():
+        places = np.flatnonzero(near)
+        if z in self._histograms or not len(places):
             return log_shapes
-        bins = self._bins(z)[near]  # (n,)
+        bins = self._bins(z).take(places)  # (n,)
         learnt = self._learnt(z)
-        room = gaussian_filter(near.astype(np.float32), _SMOOTHING)[near]
-        shapes = log_shapes[:, near].astype(np.float64)  # (K, n)
+        room = _smooth(near.astype(np.float32)).take(places)
+        shapes = log_shapes.reshape(len(log_shapes), -1).take(places, axis=1)  # (K, n)
         combined = shapes
         for _ in range(_ROUNDS):
-            fit = np.zeros((len(shapes), *near.shape))
+            fit = np.zeros((len(shapes), near.size), np.float32)
             for channel, (histogram, probability) in enumerate(zip(learnt, np.exp(combined), strict=True)):
                 own = _histogram(bins, probability)
                 known = [part for part in (histogram, own) if part is not None]
                 if known:
                     mixed = known[0] if len(known) == 1 else (1 - _OWN) * known[0] + _OWN * known[1]
-                    fit[channel, near] = np.log(mixed)[bins]
-            smooth = np.stack([gaussian_filter(values, _SMOOTHING)[near] for values in fit]) / room
+                    fit[channel, places] = np.log(mixed).astype(np.float32).take(bins)
+            smooth = np.stack([_smooth(values.reshape(near.shape)).take(places) for values in fit]) / room
             combined = shapes + WEIGHT * smooth
-            combined -= np.logaddexp.reduce(combined, axis=0)
+            combined -= combined.max(0)
+            combined -= np.log(np.exp(combined).sum(0))
         result = log_shapes.copy()
-        result[:, near] = combined
+        result.reshape(len(result), -1)[:, places] = combined
         return result
 
     def _learnt(self, z: int) -> list[NDArray[np.float64] | None]:
@@ -115,6 +118,10 @@ def _near(distances: NDArray[np.floating]) -> NDArray[np.bool_]:
     """Pixels (H, W) in or close to a structure."""
     near: NDArray[np.bool_] = distances[1:].max(0) > -MARGIN
     return near
+
+
+def _smooth(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(cv2.GaussianBlur(values, (0, 0), _SMOOTHING), dtype=np.float32)
 
 
 def _histogram(
