@@ -1,6 +1,6 @@
 """What k finished slices tell of the rest of their volume, before any training.
 
-    python benchmarks/propagation.py --data DIR [--patients odd] [--slices 1,3,5]
+    python benchmarks/propagation.py --data DIR [--patients odd] [--slices 1,3,5] [--volumes patient011_frame01,...]
 
 DIR has `images/` and `labels/` of ACDC. The k slices are the evenly spaced ones of `kaf benchmark`. Prints Dice,
 mean over classes and volumes, on the slices that nobody labelled and on the whole volume, beside the plainest
@@ -76,9 +76,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with images/ and labels/")
     parser.add_argument("--patients", choices=("odd", "even"), default="odd")
     parser.add_argument("--slices", default="1,3,5", help="how many slices are finished")
+    parser.add_argument("--volumes", help="only these, by name")
     options = parser.parse_args()
     paths = sorted((options.data / "images").glob("patient*.nii.gz"))
     paths = [path for path in paths if int(path.name[7:10]) % 2 == (options.patients == "odd")]
+    if options.volumes is not None:
+        wanted = {f"{name}.nii.gz" for name in options.volumes.split(",")}
+        paths = [path for path in paths if path.name in wanted]
+        if len(paths) < len(wanted):
+            parser.error(f"not there: {', '.join(sorted(wanted - {path.name for path in paths}))}")
     if not paths:
         parser.error(f"no patient*.nii.gz under {options.data / 'images'}")
     print(f"{len(paths)} volumes of patients with {options.patients} numbers")
