@@ -97,15 +97,9 @@ class Appearance:
         nearest = sorted(self._histograms, key=lambda other: abs(other - z))[:_NEAREST]
         learnt: list[NDArray[np.float64] | None] = []
         for parts in zip(*(self._histograms[other] for other in nearest), strict=True):
-            shown = [
-                (part, 1 / abs(other - z))
-                for part, other in zip(parts, nearest, strict=True)
-                if part is not None
-            ]
-            total = sum(weight for _, weight in shown)
-            learnt.append(
-                sum((part * (weight / total) for part, weight in shown), np.zeros(_BINS)) if shown else None
-            )
+            shown = {other: part for other, part in zip(nearest, parts, strict=True) if part is not None}
+            weights = [1 / abs(other - z) for other in shown]
+            learnt.append(np.average(list(shown.values()), axis=0, weights=weights) if shown else None)
         return learnt
 
     def _bins(self, z: int) -> NDArray[np.int64]:

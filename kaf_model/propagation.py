@@ -215,13 +215,15 @@ class _Carrier:
             flow = self._flow.calc(picture, before, None)[: self._y.shape[0], : self._y.shape[1]]  # (H, W, 2)
             into = self._x + flow[..., 0], self._y + flow[..., 1]
             x, y, before = _sampled(x, into), _sampled(y, into), picture
+            arriving = _sampled(first, (x, y))
             share = 1.0 if end is None else abs(end - z) / abs(end - start)
             for channel, distance in shapes[start].items():
                 moved = _sampled(distance, (x, y))
                 if end is None:
                     self._add(z, channel, moved)
                 elif channel in shapes[end]:
-                    likeness = _likeness(_sampled(first, (x, y)), picture, np.abs(moved) < BORDER)
+                    border = np.abs(moved) < BORDER
+                    likeness = _likeness(arriving[border], picture[border])
                     self._add(z, channel, moved, share * likeness**LIKENESS_POWER)
                 else:
                     self._add(z, channel, moved - (1 - _width_left(1 - share)) * float(distance.max()))
@@ -257,12 +259,11 @@ class _Carrier:
         return np.asarray(padded, dtype=np.uint8)
 
 
-def _likeness(one: NDArray[np.float32], other: NDArray[np.uint8], where: NDArray[np.bool_]) -> float:
-    """Correlation of two pictures on some pixels, LEAST_LIKENESS at the least, and where nothing is to be seen."""
-    values = np.stack([one[where], other[where]]).astype(np.float64)
-    values -= values.mean(1, keepdims=True) if values.size else 0
-    scale = math.sqrt((values[0] @ values[0]) * (values[1] @ values[1]))
-    return max(LEAST_LIKENESS, float(values[0] @ values[1]) / scale) if scale else LEAST_LIKENESS
+def _likeness(one: NDArray[np.float32], other: NDArray[np.uint8]) -> float:
+    """Correlation of the same pixels of two pictures, LEAST_LIKENESS at the least, and where nothing is seen."""
+    if not one.size or not one.std() or not other.std():
+        return LEAST_LIKENESS
+    return max(LEAST_LIKENESS, float(np.corrcoef(one, other)[0, 1]))
 
 
 def _width_left(way: float) -> float:

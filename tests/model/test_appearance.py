@@ -1,21 +1,15 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from kaf_model.appearance import MARGIN, WEIGHT, Appearance
 from kaf_model.config import SliceConfig
-from kaf_model.labels import LabelledVolume, SliceStatus
-from kaf_model.propagation import Propagation, propagate
 from kaf_model.slices import Slices
 from kaf_model.volume import Volume
 
 H, W = 48, 64
-COMPLETE = SliceStatus.COMPLETE
-AS_STORED = SliceConfig(spacing=None)
 
 
 def disc(y: float, x: float, radius: float) -> np.ndarray:
@@ -30,17 +24,7 @@ def distance_to_disc(y: float, x: float, radius: float) -> np.ndarray:
 
 def stack_of(images: np.ndarray) -> Slices:
     volume = Volume.from_array(np.asarray(images, np.float32), (5.0, 1.0, 1.0), name="v")
-    return Slices(volume, AS_STORED)
-
-
-def carried(images: np.ndarray, labels: np.ndarray, finished: tuple[int, ...]) -> Propagation:
-    volume = Volume.from_array(np.asarray(images, np.float32), (5.0, 1.0, 1.0), name="v")
-    work = propagate(LabelledVolume(volume, labels, dict.fromkeys(finished, COMPLETE)), (0, 1), AS_STORED)
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            return done.value
+    return Slices(volume, SliceConfig(spacing=None))
 
 
 def dice(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -118,17 +102,6 @@ def test_what_an_intensity_says_is_bounded():
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40)])
 def test_too_few_pixels_say_nothing(shape):
     distances = np.full((2, 2, *shape), 1.0, np.float32)
-    volume = Volume.from_array(np.random.default_rng(0).normal(size=(2, *shape)), (5.0, 1.0, 1.0), name="v")
-    appearance = Appearance(Slices(volume, AS_STORED), [0], distances)
+    appearance = Appearance(stack_of(np.random.default_rng(0).normal(size=(2, *shape))), [0], distances)
     before = np.log(np.full((2, *shape), 0.5, np.float32))
     assert np.isfinite(appearance.refined(1, before, distances[1])).all()
-
-
-def test_propagation_looks_at_intensities():
-    """A disc that grows by itself beyond the last finished slice: shapes alone keep its size."""
-    truth = np.stack([disc(24, 32, radius) for radius in (8, 8, 10)])
-    labels = np.where(np.arange(3)[:, None, None] == 0, truth, False).astype(np.uint8)
-    found = carried(noisy(truth * 1.0), labels, (0,))
-    alone = replace(found, appearance=None)
-    assert dice(found.labels()[2] == 1, truth[2]) > dice(alone.labels()[2] == 1, truth[2])
-    assert dice(found.labels()[2] == 1, truth[2]) > 0.95

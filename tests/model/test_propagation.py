@@ -78,6 +78,18 @@ def test_between_two_slices_shapes_are_blended():
         assert np.sqrt(areas[z] / np.pi) == pytest.approx(radius, abs=0.5)
 
 
+def test_borders_follow_intensities():
+    """The disc grows beyond the finished slice; carried by its shape alone it keeps its size."""
+    truth = np.stack([disc(24, 32, radius) for radius in (8, 8, 10)])
+    images = truth + np.random.default_rng(0).normal(0, 0.15, truth.shape)
+    found = carried(
+        images, np.where([[[True]], [[False]], [[False]]], truth, 0).astype(np.uint8), {0: COMPLETE}
+    )
+    alone = by_shapes(found)
+    assert dice(alone.labels()[2] == 1, truth[2]) < dice(found.labels()[2] == 1, truth[2])
+    assert dice(found.labels()[2] == 1, truth[2]) > 0.95
+
+
 def test_of_two_sides_the_one_that_looks_alike_counts_more():
     """Slice 2 shows what slice 0 shows; slice 4 shows something else, and its disc is larger."""
     images = np.stack([texture(0)[:H, :W]] * 4 + [texture(1)[:H, :W]])
