@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,9 @@ from kaf_model.volume import Volume
 from napari_kaf._device import describe_device, memory_in_use, share_processor
 from napari_kaf._interrupt import Interrupted, interruptible
 from napari_kaf._jobs import Control, Report
-from napari_kaf._propagate_task import carried_labels
+from napari_kaf._propagate_task import carried_labels, labelled_volume
 from napari_kaf._runs import Run, RunStore
+from napari_kaf._snapshot import Snapshot
 
 if TYPE_CHECKING:
     from kaf_model.checkpoint import Model
@@ -51,14 +52,10 @@ class VolumePreview:
 
 
 @dataclass(frozen=True, eq=False)
-class FinetuneRequest:
-    """A finetuning as it was asked for: copies, so that painting goes on meanwhile.
+class FinetuneRequest(Snapshot):
+    """A finetuning on what is labelled, as it was asked for.
 
     Attributes:
-        volume: The volume.
-        labels: (Z, Y, X) of it.
-        statuses: Meaning of each labelled slice.
-        class_names: Names by label value.
         start: Checkpoint to start from, or None.
         architecture: Network that starts from random weights.
         preset: Its size.
@@ -70,10 +67,6 @@ class FinetuneRequest:
         clicked: `time.monotonic()` of the click.
     """
 
-    volume: Volume
-    labels: NDArray[np.integer[Any]]
-    statuses: Mapping[int, str]
-    class_names: Mapping[int, str]
     start: Path | None
     architecture: str
     preset: str
@@ -124,13 +117,13 @@ def _finetuned(request: FinetuneRequest, control: Control) -> Generator[Any, Non
     from kaf_model.engine import NonFiniteLoss, choose_device, release_memory
     from kaf_model.finetune import finetune
     from kaf_model.keypoints import KeypointCache
-    from kaf_model.labels import LabelledVolume, SliceStatus
+    from kaf_model.labels import ClassMap
 
     device, cache = choose_device(request.device), KeypointCache()
-    statuses = {z: SliceStatus(status) for z, status in request.statuses.items()}
-    case, origin = LabelledVolume(request.volume, request.labels, statuses), _origin(request)
+    case, origin = labelled_volume(request), _origin(request)
     slices = origin["slices"] if origin["config"] else origin["start"].slices
-    carried = yield from carried_labels(case, request.class_names, slices, control)
+    values = ClassMap.of_labels([case], request.class_names).values.tolist()
+    carried = yield from carried_labels(case, values, slices, control)
     work = finetune(
         cases=[case],
         propagations=[carried] if carried else [],

@@ -28,7 +28,10 @@ MEANING = {
     Cell.ACCEPTED: "a result you took into your labels; not trained on until you mark it complete, or correct it "
     "by hand, which makes it complete",
 }
-_TRAINED_ON = (Cell.PARTIAL, Cell.COMPLETE, Cell.EMPTY)
+FINISHED = (Cell.COMPLETE, Cell.EMPTY)
+"""States of slices of which everything is known."""
+
+_TRAINED_ON = (Cell.PARTIAL, *FINISHED)
 
 
 class Ledger:
@@ -59,6 +62,11 @@ class Ledger:
     def states(self) -> tuple[Cell, ...]:
         """What the user said of each slice; never PREDICTED."""
         return tuple(self._states)
+
+    @property
+    def finished(self) -> list[int]:
+        """The slices of which everything is known."""
+        return [z for z, state in enumerate(self._states) if state in FINISHED]
 
     @property
     def predicted(self) -> frozenset[int]:

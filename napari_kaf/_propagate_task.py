@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,26 +25,39 @@ def propagate_task(
     """Carry the labels of finished slices to the others; no labels if it was cancelled."""
     yield Report(Progress("loading the engine", 0, None))
     from kaf_model.config import SliceConfig
-    from kaf_model.labels import LabelledVolume, SliceStatus
+    from kaf_model.labels import ClassMap, SliceStatus
 
-    statuses = {z: SliceStatus(status) for z, status in snapshot.statuses.items()}
-    if set(statuses.values()) == {SliceStatus.PARTIAL}:
+    case = labelled_volume(snapshot)
+    if set(case.statuses.values()) == {SliceStatus.PARTIAL}:
         raise UserError("no slice is marked complete yet; of partial slices no whole shape can be carried on")
-    case = LabelledVolume(snapshot.volume, snapshot.labels, statuses)
-    carried = yield from carried_labels(case, snapshot.class_names, SliceConfig(), control)
+    values = ClassMap.of_labels([case], snapshot.class_names).values.tolist()
+    carried = yield from carried_labels(case, values, SliceConfig(), control)
     if carried is None and not control.cancelled:
         raise UserError("no complete slice shows a structure; paint one and mark its slice complete")
     return carried.labels() if carried is not None and not control.cancelled else None
 
 
+def labelled_volume(snapshot: Snapshot) -> LabelledVolume:
+    """A snapshot in the engine's words."""
+    from kaf_model.labels import LabelledVolume, SliceStatus
+
+    statuses = {z: SliceStatus(status) for z, status in snapshot.statuses.items()}
+    return LabelledVolume(snapshot.volume, snapshot.labels, statuses)
+
+
 def carried_labels(
-    case: LabelledVolume, class_names: Any, slices: SliceConfig, control: Control
+    case: LabelledVolume, values: Sequence[int], slices: SliceConfig, control: Control
 ) -> Generator[Report, None, Propagation | None]:
-    """What the finished slices say of the others; None if they show nothing, or it was cancelled."""
-    from kaf_model.labels import ClassMap
+    """What the finished slices say of the others; None if they show nothing, or it was cancelled.
+
+    Args:
+        case: The labelled volume.
+        values: Label values that are carried, the background first.
+        slices: Preprocessing of the network that it will be joined with.
+        control: Asked whether it was cancelled.
+    """
     from kaf_model.propagation import propagate
 
-    values = ClassMap.of_labels([case], class_names).values.tolist()
     work = propagate(case, values, slices)
     while not control.cancelled:
         try:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napari_kaf import _layers
-from napari_kaf._ledger import Cell, Ledger
+from napari_kaf._ledger import FINISHED, Cell, Ledger
 
 if TYPE_CHECKING:
     from napari_kaf._session import Session
@@ -50,7 +50,7 @@ def recut_states(
         labels: (Z, Y, X) in the new cut.
         accepted: (Z, Y, X) in the new cut, where an accepted slice was.
     """
-    finished = all(state in (Cell.COMPLETE, Cell.EMPTY) for state in states)
+    finished = all(state in FINISHED for state in states)
     cut = []
     for plane, of_result in zip(labels, accepted, strict=True):
         if finished:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kaf_model.errors import UserError
 from napari_kaf import _layers
-from napari_kaf._ledger import Cell
+from napari_kaf._ledger import FINISHED, Cell
 from napari_kaf._runs import Run, RunStore
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Results:
         assert session.paint is not None
         states = session.ledger.states
         wanted = [session.slice] if slices is None else list(slices)
-        taking = [z for z in wanted if states[z] not in (Cell.COMPLETE, Cell.EMPTY)]
+        taking = [z for z in wanted if states[z] not in FINISHED]
         if slices is None and not taking:
             z = wanted[0]
             raise UserError(

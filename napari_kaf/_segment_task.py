@@ -26,10 +26,12 @@ from kaf_model.volume import (
 from napari_kaf._device import describe_device, memory_in_use, share_processor
 from napari_kaf._interrupt import Interrupted, interruptible
 from napari_kaf._jobs import Control, Report
+from napari_kaf._propagate_task import carried_labels, labelled_volume
 
 if TYPE_CHECKING:
     from kaf_model.checkpoint import Model
     from kaf_model.segment import Segmentation
+    from napari_kaf._snapshot import Snapshot
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +42,13 @@ class OpenSource:
         key: Tells the volumes of one request apart.
         volume: The volume.
         reference: (Z, Y, X) labels to compare with, or None.
+        finished: What is labelled on it, to be kept and carried to the other slices, or None.
     """
 
     key: int
     volume: Volume
     reference: NDArray[Any] | None = None
+    finished: Snapshot | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +99,15 @@ class SegmentOutcome:
 
     Attributes:
         scores: One row per volume and class.
-        problems: Files that were passed over, and why.
+        problems: Files that were passed over, references and finished slices that were not used, and why.
         stopped: Whether it was cancelled.
+        finished: How many finished slices were kept and carried to the others.
     """
 
     scores: Scores
     problems: Sequence[str] = ()
     stopped: bool = False
+    finished: int = 0
 
 
 @dataclass
@@ -110,6 +116,7 @@ class _Item:
     name: str
     volume: Volume
     reference: NDArray[Any] | None = None
+    finished: Snapshot | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -127,6 +134,7 @@ def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, No
     names = {label.value: label.name for label in model.classes if label.value}
     rows: list[ClassScore] = []
     problems: list[str] = []
+    used = 0
     total, items = _items(request)
     cache = KeypointCache()
     for number, item in enumerate(items, start=1):
@@ -135,8 +143,16 @@ def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, No
             yield Report(Progress("segmenting", 0, None, message=item))
             continue
         problems += item.problems
-        segmentation = None
-        work = segment(model, item.volume, request.config, cache=cache)
+        segmentation = carried = None
+        if item.finished is not None:
+            unlike = _unlike(item.finished.class_names, names)
+            if unlike:
+                problems.append(f"the finished slices of {item.name} were not used, {unlike}")
+            else:
+                values = [label.value for label in model.classes]
+                case = labelled_volume(item.finished)
+                carried = yield from carried_labels(case, values, model.slices, control)
+        work = segment(model, item.volume, request.config, propagation=carried, cache=cache)
         try:
             while segmentation is None and not control.cancelled:
                 with interruptible(lambda: control.cancelled):
@@ -159,10 +175,21 @@ def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, No
         if request.output is not None:
             _write(request, item, segmentation)
         rows += scored
+        used += len(carried.finished) if carried is not None else 0
         yield VolumeSegmented(item.key, item.name, segmentation, names, scored)
     del model
     release_memory()
-    return SegmentOutcome(Scores(tuple(rows), tuple(problems)), problems, control.cancelled)
+    return SegmentOutcome(Scores(tuple(rows), tuple(problems)), problems, control.cancelled, used)
+
+
+def _unlike(drawn: Mapping[int, str], known: Mapping[int, str]) -> str:
+    """How classes that were drawn differ from those of a model; nothing if they do not."""
+    for value, name in drawn.items():
+        if value not in known:
+            return f"the model has no class {value} ({name})"
+        if name.casefold() != known[value].casefold() and f"class {value}" not in (name, known[value]):
+            return f"{value} is {name} in them and {known[value]} in the model"
+    return ""
 
 
 def _items(request: SegmentRequest) -> tuple[int, Iterator[_Item | str]]:
@@ -170,7 +197,8 @@ def _items(request: SegmentRequest) -> tuple[int, Iterator[_Item | str]]:
     if request.folder is None:
         sources = request.sources
         return len(sources), (
-            _Item(source.key, source.volume.name, source.volume, source.reference) for source in sources
+            _Item(source.key, source.volume.name, source.volume, source.reference, source.finished)
+            for source in sources
         )
     if not request.folder.is_dir():
         raise UserError(f"there is no folder {request.folder}; choose one with volumes")

@@ -10,6 +10,7 @@ import numpy as np
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import (
     QAbstractItemView,
+    QCheckBox,
     QComboBox,
     QFileDialog,
     QFormLayout,
@@ -28,6 +29,7 @@ from napari_kaf._classes import entries_of
 from napari_kaf._form import check_box, choice_box
 from napari_kaf._segment_task import OpenSource, SegmentOutcome, SegmentRequest, VolumeSegmented, segment_task
 from napari_kaf._settings import DEVICES, description, settings
+from napari_kaf._snapshot import take_snapshot
 from napari_kaf.widgets._job_row import JobRow
 from napari_kaf.widgets._model_box import ModelBox
 from napari_kaf.widgets._panel import Panel, answering, heading
@@ -96,9 +98,12 @@ class SegmentWidget(Panel):
         self._offered: set[int] = set()
         for signal in (self.session.layers_changed, self.session.volume_changed):
             self.life.listen(signal, self.refresh)
+        for signal in (self.session.ledger_changed, self.session.labels_changed, self.session.volume_changed):
+            self.life.listen(signal, self._show_finished)
         self.session.poll()
         self.refresh()
         self._show_source()
+        self._show_finished()
 
     def refresh(self) -> None:
         """List the open volumes; what was ticked stays ticked."""
@@ -179,6 +184,10 @@ class SegmentWidget(Panel):
         self.reference.setToolTip("Labels to compare with: Dice and HD95 of each class")
         form.addRow(self.layers)
         form.addRow("Reference", self.reference)
+        self.finished = QCheckBox()
+        self.finished.setChecked(True)
+        form.addRow(self.finished)
+        self.reference.currentIndexChanged.connect(self._show_finished)
         return self.open_page
 
     def _make_folder(self) -> QWidget:
@@ -207,6 +216,26 @@ class SegmentWidget(Panel):
         self.open_page.setVisible(self.source.currentIndex() == _OPEN)
         self.folder_page.setVisible(self.source.currentIndex() == _FOLDER)
 
+    def _show_finished(self, *_: Any) -> None:
+        """Say how many slices of the volume that is worked on are finished, and whether they can be used."""
+        session = self.session
+        there = session.opened is not None and session.labels is not None
+        count = len(session.ledger.finished) if there else 0
+        comparing = self.reference.currentText() == _BESIDE
+        self.finished.setText(f"Use the {_slices(count)}" if count else "Use finished slices")
+        self.finished.setEnabled(bool(count) and not comparing)
+        if comparing:
+            tip = "Not while the result is compared with labels: it would be compared with itself"
+        elif count:
+            assert session.opened is not None
+            tip = (
+                f"Complete and empty slices of {session.opened.layer.name} stay as you drew them, and what they "
+                "show is carried to its other slices and joined with what the model says"
+            )
+        else:
+            tip = "The volume that is worked on has no slice that is marked complete or empty"
+        self.finished.setToolTip(tip)
+
     def _open_sources(self) -> list[OpenSource]:
         ticked = self._ticked()
         chosen = [layer for layer in _layers.image_layers(self.session.viewer) if id(layer) in ticked]
@@ -228,7 +257,10 @@ class SegmentWidget(Panel):
                     )
                 of_file = [layer for layer in drawn if layer.source.path]
                 reference = _layers.stack((of_file or drawn)[0]).copy()
-            sources.append(OpenSource(key, opened.volume, reference))
+            worked_on = current is not None and current.layer is opened.layer
+            use = worked_on and self.finished.isEnabled() and self.finished.isChecked()
+            finished = take_snapshot(self.session) if use else None
+            sources.append(OpenSource(key, opened.volume, reference, finished))
         return sources
 
     def _folder_request(self, model: Path, config: SegmentConfig) -> SegmentRequest:
@@ -288,8 +320,10 @@ class SegmentWidget(Panel):
         told = (
             f"{'Stopped' if outcome.stopped else 'Finished'}: {count} {'volume' if count == 1 else 'volumes'}"
         )
+        if outcome.finished:
+            told += f"; {_slices(outcome.finished)} of yours kept and carried to the others"
         if outcome.problems:
-            told += f"; passed over or not compared: {'; '.join(outcome.problems[:3])}"
+            told += f"; passed over, not compared or not used: {'; '.join(outcome.problems[:3])}"
             told += f" and {more} more" if (more := len(outcome.problems) - 3) > 0 else ""
         self.row.say(told)
 
@@ -313,6 +347,10 @@ class SegmentWidget(Panel):
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
         self.row.say(f"Table saved as {path}")
+
+
+def _slices(count: int) -> str:
+    return f"{count} finished {'slice' if count == 1 else 'slices'}"
 
 
 def _number(value: float, digits: int) -> str:

@@ -11,6 +11,9 @@ import pytest
 
 from kaf_model.errors import UserError
 from napari_kaf import _layers
+from napari_kaf._classes import entries_of
+from napari_kaf._ledger import Cell
+from napari_kaf._marking import mark
 from napari_kaf.widgets.segment import _BESIDE
 
 
@@ -72,6 +75,67 @@ def test_segment_an_open_volume_against_its_labels(
     voxel_ml = abs(np.linalg.det(reference.affine[:3, :3])) / 1000
     expected = float((np.asarray(reference.dataobj) == 3).sum()) * voxel_ml
     assert float(rows[2]["reference_ml"]) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.fixture
+def segment_panel(open_panel, small_heart, truth, model):
+    """The panel on a heart of which slices 1 and 3 are complete, as painted in classes of the model's names."""
+    _viewer, panel = open_panel("Segment", small_heart)
+    session = panel.session
+    session.new_labels()
+    session.set_classes(entries_of({1: "right ventricle", 2: "myocardium", 3: "left ventricle"}))
+    for z in (1, 3):
+        _layers.write_into(session.labels, truth.astype(np.uint8), np.arange(5)[:, None, None] == z)
+    mark(session, Cell.COMPLETE, [1, 3])
+    panel.model.add_file(model)
+    return panel
+
+
+def test_segment_keeps_finished_slices_and_carries_them_on(segment_panel, truth, qtbot):
+    panel = segment_panel
+    assert panel.finished.isEnabled()
+    assert panel.finished.text() == "Use the 2 finished slices"
+    panel.row.button.click()
+    finish(panel, qtbot)
+    assert "2 finished slices of yours kept" in panel.row.status.text()
+    joined = panel.session.results.labels
+    assert np.array_equal(joined[[1, 3]], truth[[1, 3]])
+    panel.finished.setChecked(False)
+    panel.row.button.click()
+    finish(panel, qtbot)
+    assert "finished slices" not in panel.row.status.text()
+    alone = panel.session.results.labels
+    dice = [_foreground_dice(found[2], truth[2]) for found in (joined, alone)]
+    assert dice[0] > max(0.8, dice[1])  # the model knows next to nothing
+
+
+def _foreground_dice(one, other):
+    one, other = one > 0, other > 0
+    return 2 * (one & other).sum() / (one.sum() + other.sum())
+
+
+def test_segment_does_not_compare_finished_slices_with_themselves(segment_panel, qtbot):
+    panel = segment_panel
+    panel.reference.setCurrentText(_BESIDE)
+    assert not panel.finished.isEnabled()
+    assert "compared with itself" in panel.finished.toolTip()
+    panel.row.button.click()
+    finish(panel, qtbot)
+    assert "finished slices" not in panel.row.status.text()
+
+
+def test_segment_does_not_mix_structures_up(segment_panel, qtbot):
+    panel = segment_panel
+    panel.session.set_classes(entries_of({1: "liver", 2: "myocardium", 3: "left ventricle"}))
+    panel.row.button.click()
+    finish(panel, qtbot)
+    assert "1 is liver in them and right ventricle in the model" in panel.row.status.text()
+
+
+def test_segment_has_no_finished_slices_to_use(segment_panel):
+    mark(segment_panel.session, Cell.PARTIAL, [1, 3])
+    assert not segment_panel.finished.isEnabled()
+    assert segment_panel.finished.text() == "Use finished slices"
 
 
 def test_segment_a_folder_into_a_folder(open_panel, small_heart, model, qtbot, tmp_path, notifications):
