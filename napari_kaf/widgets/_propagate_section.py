@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from napari.utils.notifications import show_info
@@ -10,16 +10,32 @@ from numpy.typing import NDArray
 from qtpy.QtWidgets import QVBoxLayout, QWidget
 
 from napari_kaf._keys import with_key
+from napari_kaf._marking import open_ends
 from napari_kaf._propagate_task import propagate_task
 from napari_kaf._snapshot import take_snapshot
 from napari_kaf.widgets._job_row import JobRow
 from napari_kaf.widgets._panel import Life
+
+if TYPE_CHECKING:
+    from napari_kaf._session import Session
 
 PROPAGATING = "Propagating"
 CARRIED = (
     "The result shows what your finished slices tell of the others. Accept what is right, correct what is not; "
     "Finetune makes it better."
 )
+
+
+def ends_hint(session: Session) -> str:
+    """What to do about structures whose ends nobody showed; nothing if there is nothing to do."""
+    low, high = open_ends(session)
+    sides = [f"{side} slice {z}" for side, z in (("before", low), ("after", high)) if z is not None]
+    if not sides:
+        return ""
+    return (
+        f"Where structures end {' and '.join(sides)} is a guess: if they do, mark the first slice without any "
+        f"{with_key('empty', 'as empty')}. It costs no paint and often helps most."
+    )
 
 
 class PropagateSection(QWidget):
@@ -59,7 +75,7 @@ class PropagateSection(QWidget):
                 )
             else:
                 self.session.results.show(None, labels)
-                self.row.say(CARRIED)
+                self.row.say(f"{CARRIED} {ends_hint(self.session)}".rstrip())
 
         self.row.run(
             PROPAGATING,

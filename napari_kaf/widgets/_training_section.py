@@ -27,7 +27,7 @@ from napari_kaf._snapshot import Snapshot, take_snapshot
 from napari_kaf.widgets._curve import LiveCurve
 from napari_kaf.widgets._job_row import STOPPED_AT_ONCE, JobRow, minutes
 from napari_kaf.widgets._panel import Life
-from napari_kaf.widgets._propagate_section import CARRIED
+from napari_kaf.widgets._propagate_section import CARRIED, ends_hint
 from napari_kaf.widgets._training_form import TrainingForm
 
 FINETUNING = "Finetuning"
@@ -135,7 +135,9 @@ class TrainingSection(QWidget):
         session.results.reload()
         if outcome.labels is not None:
             session.results.show(run if run.steps else None, outcome.labels)
-        self.row.say(_in_words(outcome) if run.steps else f"Stopped before the first step. {CARRIED}")
+        told = _in_words(outcome) if run.steps else f"Stopped before the first step. {CARRIED}"
+        hint = ends_hint(session) if outcome.labels is not None else ""
+        self.row.say(f"{told} {hint}".rstrip())
 
     def _nothing(self) -> None:
         _layers.remove(self.session.viewer, "preview")
