@@ -53,6 +53,14 @@ def run(
             "or numbers with commas, and 'A except B'.",
         ),
     ] = None,
+    part: Annotated[
+        str,
+        typer.Option(
+            "--part",
+            metavar="I/N",
+            help="Do the I-th of N parts of the runs; the parts may be done at the same time, into one folder.",
+        ),
+    ] = "1/1",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Say what would be done, and train nothing.")
     ] = False,
@@ -60,6 +68,7 @@ def run(
     precision: options.Precision = "auto",
 ) -> None:
     """Do the runs of a plan; the same line again goes on where it was stopped."""
+    chosen_part = _part(part)
     float32 = one_of("precision", precision, ("auto", "float32")) == "float32"
 
     from kaf_model.benchmark.outlook import outlook
@@ -76,13 +85,15 @@ def run(
     folder = data if data is not None else output / "data"
     out = Output()
     if dry_run:
-        cohort, runs = plan_runs(chosen, folder, only or ())
+        cohort, runs = plan_runs(chosen, folder, only or (), chosen_part)
         for line in outlook(chosen, cohort, runs, output):
             out.line(line)
         return
     cache = KeypointCache()
     fabric = make_fabric(device, precision="float32" if float32 else "auto")
-    work = run_benchmark(chosen, folder, output, only=only or (), fabric=fabric, cache=cache)
+    work = run_benchmark(
+        chosen, folder, output, only=only or (), part=chosen_part, fabric=fabric, cache=cache
+    )
     try:
         result = out.run(work)
     except Interrupted as stop:
@@ -96,6 +107,13 @@ def run(
     if result.failed:
         raise typer.Exit(SOME_FAILED)
     out.line(f"next: kaf benchmark report {output}")
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--part {text} is no part; write 1/2 and 2/2 for halves")
+    return int(number), int(count)
 
 
 @benchmark_app.command()

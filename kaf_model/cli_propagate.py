@@ -42,7 +42,7 @@ def propagate(
     from kaf_model.cases import class_names, read_cases
     from kaf_model.checkpoint import ClassLabel
     from kaf_model.config import SliceConfig
-    from kaf_model.labels import ClassMap, SliceStatus
+    from kaf_model.labels import ClassMap, SliceStatus, open_ends
     from kaf_model.propagation import propagate as propagate_case
     from kaf_model.segment_files import volumes_ml
     from kaf_model.volume import same_grid, write_labels
@@ -78,3 +78,9 @@ def propagate(
         )
         shown = [ClassLabel(value, names.get(value, f"class {value}")) for value in values]
         out.line(f"{target}: {volumes_ml(found, case.volume, shown)}; {grid}")
+        ends = open_ends(case.labels, carried.finished)
+        if ends:
+            out.line(
+                f"  where structures end {' and '.join(ends)} is a guess: if they do, name the first slice without "
+                f"any, --empty {case.volume.name}:Z"
+            )

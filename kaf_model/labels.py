@@ -63,6 +63,23 @@ class LabelledVolume:
         return LabelledVolume(self.volume, known, self.statuses)
 
 
+def open_ends(labels: NDArray[np.integer], finished: Sequence[int]) -> list[str]:
+    """Where nothing shows yet whether structures end: "before slice 2", "after slice 7".
+
+    An outermost finished slice that is empty, or at the volume's own end, closes that side.
+
+    Args:
+        labels: (Z, Y, X).
+        finished: Slices of which everything is known.
+    """
+    ends = []
+    if finished and min(finished) > 0 and labels[min(finished)].any():
+        ends.append(f"before slice {min(finished)}")
+    if finished and max(finished) < len(labels) - 1 and labels[max(finished)].any():
+        ends.append(f"after slice {max(finished)}")
+    return ends
+
+
 def painted_values(cases: Sequence[LabelledVolume]) -> set[int]:
     """The label values on the labelled slices, the background among them."""
     return {int(v) for case in cases for z in case.statuses for v in np.unique(case.labels[z])}

@@ -57,19 +57,6 @@ def step_labelled(session: Session, step: int) -> None:
         session.go_to(z)
 
 
-def open_ends(session: Session) -> tuple[int | None, int | None]:
-    """The outermost finished slices beyond which nothing says yet where the structures end, lowest and highest.
-
-    None where the outermost is empty, or the volume's own end.
-    """
-    finished = session.ledger.finished
-    if session.labels is None or not finished:
-        return None, None
-    array, (low, high) = _layers.stack(session.labels), (finished[0], finished[-1])
-    is_open = low > 0 and array[low].any(), high < len(array) - 1 and array[high].any()
-    return low if is_open[0] else None, high if is_open[1] else None
-
-
 def _labels_to_mark(session: Session) -> Labels:
     if session.labels is None:
         raise UserError("there is no label layer to mark slices of; create one first")

@@ -30,6 +30,7 @@ from napari_kaf._propagate_task import carried_labels, labelled_volume
 
 if TYPE_CHECKING:
     from kaf_model.checkpoint import Model
+    from kaf_model.propagation import Propagation
     from kaf_model.segment import Segmentation
     from napari_kaf._snapshot import Snapshot
 
@@ -145,13 +146,9 @@ def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, No
         problems += item.problems
         segmentation = carried = None
         if item.finished is not None:
-            unlike = _unlike(item.finished.class_names, names)
-            if unlike:
-                problems.append(f"the finished slices of {item.name} were not used, {unlike}")
-            else:
-                values = [label.value for label in model.classes]
-                case = labelled_volume(item.finished)
-                carried = yield from carried_labels(case, values, model.slices, control)
+            carried, problem = yield from _carried(item.finished, model, names, control)
+            if problem:
+                problems.append(f"the finished slices of {item.name} were not used: {problem}")
         work = segment(model, item.volume, request.config, propagation=carried, cache=cache)
         try:
             while segmentation is None and not control.cancelled:
@@ -180,6 +177,18 @@ def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, No
     del model
     release_memory()
     return SegmentOutcome(Scores(tuple(rows), tuple(problems)), problems, control.cancelled, used)
+
+
+def _carried(
+    finished: Snapshot, model: Model, names: Mapping[int, str], control: Control
+) -> Generator[Any, None, tuple[Propagation | None, str]]:
+    """What finished slices say of the others, or why they cannot be used."""
+    unlike = _unlike(finished.class_names, names)
+    if unlike:
+        return None, unlike
+    values = [label.value for label in model.classes]
+    carried = yield from carried_labels(labelled_volume(finished), values, model.slices, control)
+    return carried, "" if carried is not None or control.cancelled else "they show no structure"
 
 
 def _unlike(drawn: Mapping[int, str], known: Mapping[int, str]) -> str:
@@ -217,7 +226,7 @@ def _read(path: Path, request: SegmentRequest) -> _Item | str:
     try:
         item = _Item(None, volume_name(path), read_volume(path, fill_nan=0))
     except VolumeError as error:
-        return str(error)
+        return f"passed over: {error}"
     if references is not None:
         matching = [file for file in find_volumes([references]) if volume_name(file) == item.name]
         try:
@@ -225,7 +234,7 @@ def _read(path: Path, request: SegmentRequest) -> _Item | str:
                 raise VolumeError(f"{item.name} has no reference of its name in {references}")
             item.reference = read_labels(matching[0], item.volume)
         except VolumeError as error:
-            item.problems.append(str(error))
+            item.problems.append(f"not compared: {error}")
     return item
 
 

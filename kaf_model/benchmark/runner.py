@@ -20,7 +20,7 @@ from kaf_model.benchmark.cohort import Case, Cohort, read_case
 from kaf_model.benchmark.costs import costs_of
 from kaf_model.benchmark.plan import Plan
 from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult
-from kaf_model.benchmark.runs import Pretraining, Run, all_runs, read_cohort
+from kaf_model.benchmark.runs import Pretraining, Run, all_runs, part_of, read_cohort
 from kaf_model.benchmark.scoring import score_cases
 from kaf_model.benchmark.selection import best_step, keeping_best, read_measurements, steps_between
 from kaf_model.benchmark.splits import slices_to_label
@@ -54,13 +54,16 @@ class BenchmarkResult:
     failed: tuple[tuple[str, str], ...]
 
 
-def plan_runs(plan: Plan, data: Path, only: Collection[str] = ()) -> tuple[Cohort, list[Run]]:
+def plan_runs(
+    plan: Plan, data: Path, only: Collection[str] = (), part: tuple[int, int] = (1, 1)
+) -> tuple[Cohort, list[Run]]:
     """Find a plan's data and its runs.
 
     Args:
         plan: The plan.
         data: Folder of the data set.
         only: Names of rows; none is all.
+        part: (i, n), the i-th of n parts of these runs, see `part_of`.
 
     Raises:
         UserError: If the data, the plan or the names do not fit.
@@ -71,7 +74,7 @@ def plan_runs(plan: Plan, data: Path, only: Collection[str] = ()) -> tuple[Cohor
         raise UserError(f"there is no row {unknown[0]!r}; the rows are: {names}")
     cohort = read_cohort(plan, data)
     runs = all_runs(plan, cohort)
-    return cohort, [run for run in runs if not only or run.row in only]
+    return cohort, part_of([run for run in runs if not only or run.row in only], *part)
 
 
 def run_benchmark(
@@ -80,6 +83,7 @@ def run_benchmark(
     output: Path,
     *,
     only: Collection[str] = (),
+    part: tuple[int, int] = (1, 1),
     device: str = "auto",
     fabric: Fabric | None = None,
     cache: KeypointCache | None = None,
@@ -93,6 +97,7 @@ def run_benchmark(
         data: Folder of the data set.
         output: Folder to write to.
         only: Names of rows; none is all.
+        part: (i, n), the i-th of n parts, which may be done at the same time in the same folder.
         device: "auto", "cpu", "cuda" or "mps".
         fabric: Use this set-up instead of one made for `device`.
         cache: Keypoints found before.
@@ -103,7 +108,7 @@ def run_benchmark(
     Raises:
         UserError: If plan and data do not fit, or the folder holds runs with other settings.
     """
-    cohort, runs = plan_runs(plan, data, only)
+    cohort, runs = plan_runs(plan, data, only, part)
     folders = {run.folder: RunFolder(output / run.folder) for run in runs}
     for run in runs:
         folders[run.folder].check(run.config())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -156,6 +157,15 @@ def all_runs(plan: Plan, cohort: Cohort) -> list[Run]:
                         Run(row.name, column, split.fold, draw, seed, train, test, others, recipe, start)
                     )
     return sorted(runs, key=lambda run: (run.fold, run.draw, run.seed))
+
+
+def part_of(runs: Sequence[Run], number: int, count: int) -> list[Run]:
+    """Part `number` (from 1) of `count` of some runs; those that share a pretraining stay together."""
+    groups: dict[Path, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.folder if run.pretraining is None else run.pretraining.folder, []).append(run)
+    chosen = list(groups.values())[number - 1 :: count]
+    return [run for group in chosen for run in group]
 
 
 def columns(plan: Plan) -> list[Column]:

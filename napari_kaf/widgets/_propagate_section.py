@@ -9,8 +9,8 @@ from napari.utils.notifications import show_info
 from numpy.typing import NDArray
 from qtpy.QtWidgets import QVBoxLayout, QWidget
 
+from napari_kaf import _layers
 from napari_kaf._keys import with_key
-from napari_kaf._marking import open_ends
 from napari_kaf._propagate_task import propagate_task
 from napari_kaf._snapshot import take_snapshot
 from napari_kaf.widgets._job_row import JobRow
@@ -28,13 +28,16 @@ CARRIED = (
 
 def ends_hint(session: Session) -> str:
     """What to do about structures whose ends nobody showed; nothing if there is nothing to do."""
-    low, high = open_ends(session)
-    sides = [f"{side} slice {z}" for side, z in (("before", low), ("after", high)) if z is not None]
-    if not sides:
+    from kaf_model.labels import open_ends
+
+    if session.labels is None:
+        return ""
+    ends = open_ends(_layers.stack(session.labels), session.ledger.finished)
+    if not ends:
         return ""
     return (
-        f"Where structures end {' and '.join(sides)} is a guess: if they do, mark the first slice without any "
-        f"{with_key('empty', 'as empty')}. It costs no paint and often helps most."
+        f"Where structures end {' and '.join(ends)} is a guess: if they do, mark the first slice without any "
+        f"{with_key('empty', 'as empty')} and click again. It costs no paint and often helps most."
     )
 
 
@@ -75,7 +78,7 @@ class PropagateSection(QWidget):
                 )
             else:
                 self.session.results.show(None, labels)
-                self.row.say(f"{CARRIED} {ends_hint(self.session)}".rstrip())
+                self.row.say(f"{CARRIED}\n{ends_hint(self.session)}".rstrip())
 
         self.row.run(
             PROPAGATING,

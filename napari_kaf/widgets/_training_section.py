@@ -137,7 +137,7 @@ class TrainingSection(QWidget):
             session.results.show(run if run.steps else None, outcome.labels)
         told = _in_words(outcome) if run.steps else f"Stopped before the first step. {CARRIED}"
         hint = ends_hint(session) if outcome.labels is not None else ""
-        self.row.say(f"{told} {hint}".rstrip())
+        self.row.say(f"{told}\n{hint}".rstrip())
 
     def _nothing(self) -> None:
         _layers.remove(self.session.viewer, "preview")

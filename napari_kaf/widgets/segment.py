@@ -323,7 +323,7 @@ class SegmentWidget(Panel):
         if outcome.finished:
             told += f"; {_slices(outcome.finished)} of yours kept and carried to the others"
         if outcome.problems:
-            told += f"; passed over, not compared or not used: {'; '.join(outcome.problems[:3])}"
+            told += f"; {'; '.join(outcome.problems[:3])}"
             told += f" and {more} more" if (more := len(outcome.problems) - 3) > 0 else ""
         self.row.say(told)
 

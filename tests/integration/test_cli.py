@@ -197,6 +197,8 @@ def test_propagate_carries_finished_slices_to_the_others(kaf: Kaf, cohort: Path,
     run = kaf("propagate", *folders, *finished, "-o", out)
     assert run.code == 0, run.err
     assert "same grid as source" in run.out
+    assert "structures end after slice 3 is a guess" in run.out
+    assert "--empty heart_100:Z" in run.out
     found = np.asarray(nib.load(out / "heart_100.nii.gz").dataobj)
     assert np.array_equal(found[..., [1, 3]], labels[..., [1, 3]])
     assert not found[..., 0].any()

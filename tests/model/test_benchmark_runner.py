@@ -70,10 +70,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> KeypointCache:
 
 
 def work(
-    plan: Plan, hearts: Path, output: Path, cache: KeypointCache
+    plan: Plan, hearts: Path, output: Path, cache: KeypointCache, part: tuple[int, int] = (1, 1)
 ) -> Generator[Progress, None, BenchmarkResult]:
     fabric = make_fabric("cpu", precision="float32")
-    return run_benchmark(plan, hearts, output, fabric=fabric, cache=cache)
+    return run_benchmark(plan, hearts, output, part=part, fabric=fabric, cache=cache)
 
 
 def finish(generator: Generator[Progress, None, BenchmarkResult]) -> tuple[BenchmarkResult, list[Progress]]:
@@ -205,6 +205,25 @@ def test_one_row_alone(hearts: Path) -> None:
     assert [run.row for run in runs] == ["UNet"]
     with pytest.raises(UserError, match="there is no row 'VNet'; the rows are: UNet, KAF-SSL"):
         plan_runs(tiny(), hearts, ["VNet"])
+
+
+def test_parts_are_all_runs_and_share_no_pretraining(
+    hearts: Path, cache: KeypointCache, tmp_path: Path
+) -> None:
+    plan = tiny(
+        columns={"patients": [1], "slices": [2]},
+        rows=[*TINY["rows"], {"name": "PCL", "network": "unet", "start": "pcl"}],
+    )
+    _, runs = plan_runs(plan, hearts)
+    parts = [plan_runs(plan, hearts, part=(number, 2))[1] for number in (1, 2)]
+    assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, runs))
+    shared = [{run.pretraining.folder for run in part if run.pretraining} for part in parts]
+    assert not shared[0] & shared[1]
+    assert all(parts)
+    for number in (2, 1):  # in any order, into one folder
+        finish(work(tiny(), hearts, tmp_path, cache, part=(number, 2)))
+    assert len(run_folders(tmp_path)) == 2
+    assert finish(work(tiny(), hearts, tmp_path, cache))[0] == BenchmarkResult(2, 2, ())
 
 
 def test_slices_of_one_volume(hearts: Path, cache: KeypointCache, tmp_path: Path) -> None:

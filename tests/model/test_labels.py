@@ -5,7 +5,7 @@ import pytest
 
 from kaf_model.checkpoint import ClassLabel
 from kaf_model.errors import UserError
-from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus, check_learnable
+from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus, check_learnable, open_ends
 from kaf_model.losses import IGNORED
 from kaf_model.volume import Volume
 
@@ -24,6 +24,14 @@ def painted(**slices):
 def test_statuses_are_words():
     assert [str(status) for status in SliceStatus] == ["complete", "partial", "empty"]
     assert SliceStatus("partial") is PARTIAL
+
+
+def test_ends_are_open_where_the_outermost_finished_slice_shows_something():
+    assert open_ends(painted(z1=1, z2=1), [1, 2]) == ["before slice 1", "after slice 2"]
+    assert open_ends(painted(z1=1, z2=1), [2, 0, 1]) == ["after slice 2"]
+    assert open_ends(painted(z1=1), [0, 1, 2]) == []
+    assert open_ends(painted(z0=1, z3=1), [0, 3]) == []
+    assert open_ends(painted(), []) == []
 
 
 def test_mistakes_in_labels_are_named():

@@ -132,6 +132,15 @@ def test_segment_does_not_mix_structures_up(segment_panel, qtbot):
     assert "1 is liver in them and right ventricle in the model" in panel.row.status.text()
 
 
+def test_segment_says_that_empty_slices_alone_carry_nothing(segment_panel, qtbot):
+    mark(segment_panel.session, Cell.UNTOUCHED, [1, 3])
+    segment_panel.session.labels.data = np.zeros_like(segment_panel.session.labels.data)
+    mark(segment_panel.session, Cell.EMPTY, [0])
+    segment_panel.row.button.click()
+    finish(segment_panel, qtbot)
+    assert "were not used: they show no structure" in segment_panel.row.status.text()
+
+
 def test_segment_has_no_finished_slices_to_use(segment_panel):
     mark(segment_panel.session, Cell.PARTIAL, [1, 3])
     assert not segment_panel.finished.isEnabled()

@@ -8,7 +8,7 @@ import pytest
 from napari_kaf import _layers
 from napari_kaf._finetune_task import VolumePreview
 from napari_kaf._ledger import Cell
-from napari_kaf._marking import mark, open_ends
+from napari_kaf._marking import mark
 
 
 def finish(panel, qtbot) -> None:
@@ -43,16 +43,6 @@ def test_where_structures_end_is_asked_for_until_it_is_shown(labelled, qtbot):
         panel.propagate.row.button.click()
         finish(panel, qtbot)
         assert f"{told} is a guess" in status.text() if told else "guess" not in status.text()
-
-
-def test_no_end_is_asked_for_beyond_the_volume(labelled):
-    session = labelled[1].session
-    assert open_ends(session) == (1, 3)
-    session.labels.data[[0, 4]] = session.labels.data[[1, 3]]
-    mark(session, Cell.COMPLETE, [0, 4])
-    assert open_ends(session) == (None, None)
-    mark(session, Cell.UNTOUCHED, [0, 1, 3, 4])
-    assert open_ends(session) == (None, None)
 
 
 @pytest.mark.parametrize(
