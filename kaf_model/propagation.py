@@ -39,6 +39,9 @@ SLANT = 0.1
 END = 0.75
 """Part of the way to a finished slice without it on which a structure ends, round like an ellipsoid."""
 
+EMPTY_END = 1.0
+"""The same where that slice shows no structure at all, and was marked because it is the first such."""
+
 BORDER = 6.0
 """Distance in mm to a structure's border within which it is seen how well a carried picture fits a slice."""
 
@@ -226,7 +229,10 @@ class _Carrier:
                     likeness = _likeness(arriving[border], picture[border])
                     self._add(z, channel, moved, share * likeness**LIKENESS_POWER)
                 else:
-                    self._add(z, channel, moved - (1 - _width_left(1 - share)) * float(distance.max()))
+                    ends = END if shapes[end] else EMPTY_END
+                    self._add(
+                        z, channel, moved - (1 - _width_left((1 - share) / ends)) * float(distance.max())
+                    )
             yield
 
     def distances(self) -> NDArray[np.float16]:
@@ -266,12 +272,11 @@ def _likeness(one: NDArray[np.float32], other: NDArray[np.uint8]) -> float:
     return max(LEAST_LIKENESS, float(np.corrcoef(one, other)[0, 1]))
 
 
-def _width_left(way: float) -> float:
-    """Half width of a structure, as a part of what it was, on its way (0..1) to a slice without it.
+def _width_left(along: float) -> float:
+    """Half width of a structure, as a part of what it was, on its way (0..1) to where it ends.
 
     Beyond its end below 0: as far outside as it was inside.
     """
-    along = way / END
     return math.sqrt(1 - along**2) if along < 1 else -along
 
 

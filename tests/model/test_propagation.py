@@ -99,13 +99,17 @@ def test_of_two_sides_the_one_that_looks_alike_counts_more():
     assert dice(found[2], labels[0] == 1) > 0.85  # 0.69 for a disc half-way between the two
 
 
-def test_a_structure_ends_round_before_a_slice_without_it():
+@pytest.mark.parametrize(("other_there", "end"), [(False, 8), (True, 6)])
+def test_a_structure_ends_round_at_an_empty_slice_and_before_one_with_others(other_there, end):
     labels = np.zeros((9, H, W), np.uint8)
     labels[0] = disc(24, 32, 10)
-    areas = (carried(np.ones((9, H, W)), labels, {0: COMPLETE, 8: EMPTY}).labels() == 1).sum((1, 2))
-    for z, area in enumerate(areas[:6]):
-        assert np.sqrt(area / np.pi) == pytest.approx(10 * np.sqrt(1 - (z / 6) ** 2), abs=0.7)
-    assert not areas[6:].any()
+    labels[8, :4, :4] = 2 * other_there
+    statuses = {0: COMPLETE, 8: COMPLETE if other_there else EMPTY}
+    distances = carried(np.ones((9, H, W)), labels, statuses, values=(0, 1, 2)).distances[:, 1]
+    width = distances.max((1, 2)) / distances[0].max()
+    for z in range(end):
+        assert width[z] == pytest.approx(np.sqrt(1 - (z / end) ** 2), abs=0.01)
+    assert (width[end:] <= 0).all()
 
 
 def test_turning_the_volume_over_turns_the_result_over():
