@@ -40,7 +40,7 @@ END = 0.75
 """Part of the way to a finished slice without it on which a structure ends, round like an ellipsoid."""
 
 EMPTY_END = 1.0
-"""The same where that slice shows no structure at all, and was marked because it is the first such."""
+"""The same where that slice shows no structure at all: most likely it was marked because it is the first such."""
 
 BORDER = 6.0
 """Distance in mm to a structure's border within which it is seen how well a carried picture fits a slice."""
