@@ -82,6 +82,7 @@ def test_a_finetuning_begins_with_what_was_carried(labelled, qtbot):
     assert np.array_equal(first.labels[[1, 3]], drawn[[1, 3]])
     assert first.labels[2].any()
     assert np.array_equal(panel.session.results.labels[[1, 3]], drawn[[1, 3]])
+    assert "before slice 1 and after slice 3 is a guess" in panel.training.row.status.text()
 
 
 def _steps(panel) -> int:
