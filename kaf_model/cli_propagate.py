@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kaf_model import cli_options as options
 from kaf_model.cli_progress import Output
 from kaf_model.errors import UserError
+
+if TYPE_CHECKING:
+    from kaf_model.labels import LabelledVolume
 
 
 def propagate(
@@ -42,7 +45,7 @@ def propagate(
     from kaf_model.cases import class_names, read_cases
     from kaf_model.checkpoint import ClassLabel
     from kaf_model.config import SliceConfig
-    from kaf_model.labels import ClassMap, SliceStatus, open_ends
+    from kaf_model.labels import ClassMap, SliceStatus
     from kaf_model.propagation import propagate as propagate_case
     from kaf_model.segment_files import volumes_ml
     from kaf_model.volume import same_grid, write_labels
@@ -78,9 +81,16 @@ def propagate(
         )
         shown = [ClassLabel(value, names.get(value, f"class {value}")) for value in values]
         out.line(f"{target}: {volumes_ml(found, case.volume, shown)}; {grid}")
-        ends = open_ends(case.labels, carried.finished)
-        if ends:
-            out.line(
-                f"  where structures end {' and '.join(ends)} is a guess: if they do, name the first slice without "
-                f"any, --empty {case.volume.name}:Z"
-            )
+        say_open_ends(out, case)
+
+
+def say_open_ends(out: Output, case: LabelledVolume) -> None:
+    """Say on which sides of a volume nothing shows where its structures end, and what to do."""
+    from kaf_model.labels import open_ends
+
+    ends = open_ends(case.labels, case.finished)
+    if ends:
+        out.line(
+            f"  where structures end {' and '.join(ends)} is a guess: if they do, name the first slice without "
+            f"any, --empty {case.volume.name}:Z"
+        )

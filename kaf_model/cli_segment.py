@@ -11,6 +11,7 @@ import typer
 from kaf_model import cli_options as options
 from kaf_model.cli_options import duration_text
 from kaf_model.cli_progress import Output
+from kaf_model.cli_propagate import say_open_ends
 from kaf_model.cli_settings import choose_settings
 from kaf_model.cli_train import say_notice
 from kaf_model.errors import UserError
@@ -135,6 +136,8 @@ def segment(
         **reading,
     )
     done = out.run(work)
+    for case in known.values():
+        say_open_ends(out, case)
     if planned[0].labels != output:
         write_class_names(output, loaded.classes)
     failed = f", {len(done.failed)} failed" if done.failed else ""

@@ -55,6 +55,11 @@ class LabelledVolume:
                     f"slice {z} of {name} is marked empty but {np.count_nonzero(self.labels[z])} pixels are painted"
                 )
 
+    @property
+    def finished(self) -> tuple[int, ...]:
+        """The slices that are complete or verified empty, ascending."""
+        return tuple(z for z, status in sorted(self.statuses.items()) if status is not SliceStatus.PARTIAL)
+
     def without_unlabelled(self) -> LabelledVolume:
         """The same volume with no trace of labels on slices that do not count as labelled."""
         known = np.zeros_like(self.labels)

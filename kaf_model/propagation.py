@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from kaf_model.appearance import Appearance
 from kaf_model.config import SliceConfig
-from kaf_model.labels import LabelledVolume, SliceStatus
+from kaf_model.labels import LabelledVolume
 from kaf_model.preparation import SliceStore
 from kaf_model.progress import Progress
 from kaf_model.slices import Slices
@@ -149,7 +149,7 @@ def propagate(
     Returns:
         None if no finished slice shows a structure.
     """
-    finished = tuple(z for z, status in sorted(case.statuses.items()) if status is not SliceStatus.PARTIAL)
+    finished = case.finished
     if not np.isin(case.labels[list(finished)], values[1:]).any():
         return None
     stack = Slices(case.volume, config)
