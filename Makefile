@@ -13,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 SETTINGS := pyproject.toml constraints.txt
+# A file's tests stay in one process, and the longest, in tests/integration, begin.
+IN_TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo napari test lint clean
@@ -32,7 +34,7 @@ napari: $(VENV)/installed-viewer
 
 test: $(VENV)/installed-tests
 	sh scripts/system-libraries.sh
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_TWO_PROCESSES) $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff check .
