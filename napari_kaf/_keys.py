@@ -12,7 +12,7 @@ KEYS = {
     "propagate": ("Shift-G", "Propagate finished slices to the others"),
     "finetune": ("Shift-F", "Start finetuning, or cancel it"),
     "accept": ("Shift-A", "Accept the result on this slice"),
-    "accept_all": ("Shift-Alt-A", "Accept the result on all slices"),
+    "accept_all": ("Shift-Alt-A", "Accept the result on all slices, wherever you have not painted"),
     "reject": ("Shift-R", "Reject the result"),
     "panel": ("Shift-T", "Go into the panel; Tab and Shift+Tab move there, Escape goes back"),
 }

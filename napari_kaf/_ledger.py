@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
+import numpy as np
+from numpy.typing import NDArray
 from psygnal import Signal
 
 
@@ -39,6 +41,7 @@ class Ledger:
 
     Attributes:
         changed: Emitted after any change.
+        by_hand: Of accepted slices, where (Y, X) somebody had painted before.
     """
 
     changed = Signal()
@@ -48,6 +51,7 @@ class Ledger:
         if len(self._states) != num_slices:
             raise ValueError(f"a ledger of {num_slices} slices needs as many states, got {len(self._states)}")
         self._predicted: frozenset[int] = frozenset()
+        self.by_hand: dict[int, NDArray[np.bool_]] = {}
 
     def __len__(self) -> int:
         return len(self._states)
@@ -79,17 +83,23 @@ class Ledger:
             self._states[z] = state
         self.changed.emit()
 
-    def note_paint(self, z: int, has_paint: bool) -> None:
-        """Take in that the paint on a slice changed.
+    def after_paint(self, z: int, has_paint: bool) -> Cell:
+        """What a slice is after the paint on it changed.
 
         A complete slice stays complete, and an accepted result that is corrected becomes it: who mends a slice
         has looked at all of it. Any other is partial while something is painted, else untouched.
         """
         if self._states[z] is Cell.COMPLETE:
-            return
+            return Cell.COMPLETE
         painted = Cell.COMPLETE if self._states[z] is Cell.ACCEPTED else Cell.PARTIAL
-        self._states[z] = painted if has_paint else Cell.UNTOUCHED
-        self.changed.emit()
+        return painted if has_paint else Cell.UNTOUCHED
+
+    def restate(self, states: Mapping[int, Cell]) -> None:
+        """Set what slices are, by slice."""
+        if any(self._states[z] is not state for z, state in states.items()):
+            for z, state in states.items():
+                self._states[z] = state
+            self.changed.emit()
 
     def set_predicted(self, slices: Iterable[int]) -> None:
         """Tell which slices the shown result says something of."""

@@ -30,7 +30,10 @@ class PaintWatch:
         self._layer = layer
         self.touched = False
         self._checksums = _checksums(_layers.stack(layer))
-        self._accepted: dict[int, tuple[int, Cell, int]] = {}  # checksum and state before, checksum after
+        self._states: tuple[Cell, ...] = ()
+        # By slice and checksum what it was: since it was last marked, and before it took a result.
+        self._before: dict[int, dict[int, Cell]] = {}
+        self._accepted: dict[int, dict[int, Cell]] = {}
         self._unwatch = _layers.watch_labels(layer, self._touch)
 
     def stop(self) -> None:
@@ -40,33 +43,38 @@ class PaintWatch:
     def note_changes(self, ledger: Ledger) -> list[int]:
         """Tell the ledger which slices changed since the last look, and return them.
 
-        A slice that is back to what it was before a result was accepted gets its former state back.
+        A slice whose paint is back to what it was, by undo or by hand, is again what it was then, unless somebody
+        said something else of it since.
         """
         self.touched = False
         array = _layers.stack(self._layer)
-        now = _checksums(array)
+        now, was = _checksums(array), ledger.states
         changed = [z for z, (old, new) in enumerate(zip(self._checksums, now, strict=True)) if old != new]
-        self._checksums = now
+        for z, (told, state) in enumerate(zip(self._states, was, strict=False)):
+            if told is not state:
+                self._before.pop(z, None)
+        states = {}
         for z in changed:
-            before, state, after = self._accepted.get(z, (None, Cell.UNTOUCHED, None))
-            if now[z] == before:  # undone
-                ledger.mark([z], state)
-            elif now[z] == after:  # redone
-                ledger.mark([z], Cell.ACCEPTED)
-            else:
-                ledger.note_paint(z, bool(array[z].any()))
+            before = self._before.setdefault(z, {})
+            before[self._checksums[z]] = was[z]
+            known = before.get(now[z]) or self._accepted.get(z, {}).get(now[z])
+            states[z] = known or ledger.after_paint(z, bool(array[z].any()))
+        self._checksums = now
+        ledger.restate(states)
+        self._states = ledger.states
         return changed
 
     def accept(
         self, values: NDArray[Any], where: NDArray[np.bool_], slices: Sequence[int], ledger: Ledger
     ) -> None:
         """Write a result (Z, Y, X) into the layer in one step that can be undone, and mark its slices."""
-        before = list(self._checksums)
+        before, states = list(self._checksums), ledger.states
         _layers.write_into(self._layer, values, where)
         self._checksums = _checksums(_layers.stack(self._layer))
         for z in slices:
-            self._accepted[z] = (before[z], ledger.states[z], self._checksums[z])
-        ledger.mark(slices, Cell.ACCEPTED)
+            self._accepted.setdefault(z, {})[before[z]] = states[z]
+        ledger.restate(dict.fromkeys(slices, Cell.ACCEPTED))
+        self._states = ledger.states
 
     def _touch(self, event: object = None) -> None:
         self.touched = True

@@ -100,8 +100,9 @@ class Results:
     def accept(self, slices: Iterable[int] | None = None) -> int:
         """Take the shown result into the labels, on the shown slice or the given ones.
 
-        Untouched and accepted slices take all of it, partial ones only where nothing is painted; complete
-        and empty ones are the user's and stay as they are. Ctrl+Z takes it back in one step.
+        What was painted by hand stays, also when a later result is accepted over this one, and so do complete and
+        empty slices. The shown slice, if it is untouched, takes all of it: somebody looks at it. Ctrl+Z takes it back
+        in one step.
 
         Returns:
             How many slices took it.
@@ -128,7 +129,11 @@ class Results:
             )
         array = _layers.stack(session.labels)
         where = np.zeros(array.shape, bool)
+        by_hand = session.ledger.by_hand
         for z in taking:
-            where[z] = (array[z] == 0) if states[z] is Cell.PARTIAL else True
+            if states[z] is not Cell.ACCEPTED:
+                looked_at = slices is None and states[z] is Cell.UNTOUCHED
+                by_hand[z] = np.zeros_like(where[z]) if looked_at else array[z] != 0
+            where[z] = ~by_hand[z] if z in by_hand else True
         session.paint.accept(self.labels, where, taking, session.ledger)
         return len(taking)

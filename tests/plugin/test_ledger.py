@@ -18,19 +18,23 @@ CLASSES = (ClassEntry(1, "left ventricle", (0.9, 0.6, 0.0, 1.0)),)
 
 
 def test_painting_makes_partial_and_erasing_untouched():
-    ledger = Ledger(3)
-    ledger.note_paint(1, True)
-    assert ledger.states == (Cell.UNTOUCHED, Cell.PARTIAL, Cell.UNTOUCHED)
-    ledger.note_paint(1, False)
-    assert ledger.states[1] is Cell.UNTOUCHED
+    assert Ledger(3).after_paint(1, True) is Cell.PARTIAL
+    assert Ledger(3, [Cell.PARTIAL] * 3).after_paint(1, False) is Cell.UNTOUCHED
 
 
 def test_painting_leaves_a_complete_slice_complete_and_completes_an_accepted_one():
-    ledger = Ledger(3, [Cell.COMPLETE, Cell.ACCEPTED, Cell.ACCEPTED])
-    ledger.note_paint(0, True)
-    ledger.note_paint(1, True)
-    ledger.note_paint(2, False)  # erased altogether: nothing was said of it
-    assert ledger.states == (Cell.COMPLETE, Cell.COMPLETE, Cell.UNTOUCHED)
+    ledger = Ledger(2, [Cell.COMPLETE, Cell.ACCEPTED])
+    assert ledger.after_paint(0, True) is Cell.COMPLETE
+    assert ledger.after_paint(1, True) is Cell.COMPLETE
+    assert ledger.after_paint(1, False) is Cell.UNTOUCHED  # erased altogether: nothing was said of it
+
+
+def test_many_slices_change_at_once():
+    ledger, told = Ledger(600), []
+    ledger.changed.connect(lambda: told.append(ledger.states))
+    ledger.restate(dict.fromkeys(range(600), Cell.ACCEPTED))
+    ledger.restate(dict.fromkeys(range(600), Cell.ACCEPTED))
+    assert told == [(Cell.ACCEPTED,) * 600]
 
 
 def test_only_what_the_user_marked_is_trained_on():

@@ -137,6 +137,62 @@ def test_an_accepted_slice_that_is_corrected_is_complete_until_that_is_undone(se
     assert session.ledger.states == (Cell.ACCEPTED,) * 4
 
 
+def test_accepting_all_leaves_what_was_painted_by_hand_whenever_it_was(session):
+    given = np.zeros(SHAPE, np.uint8)
+    given[1, 3:6, 4:9] = 3  # painted before anybody watched, so it is untouched
+    session.choose_labels(session.viewer.add_labels(given))
+    paint(session, 2, value=4)
+    assert session.ledger.states == (Cell.UNTOUCHED, Cell.UNTOUCHED, Cell.PARTIAL, Cell.UNTOUCHED)
+    drawn = session.labels.data.copy()
+    for value in (1, 2):  # the second result replaces the first alone
+        result = give_result(session, value)
+        session.results.accept(range(4))
+        np.testing.assert_array_equal(session.labels.data, np.where(drawn, drawn, result))
+    session.labels.undo()
+    session.labels.undo()
+    session.poll()
+    session.go_to(1)
+    result = give_result(session, 2)
+    session.results.accept()  # of the slice that is looked at, the result counts
+    np.testing.assert_array_equal(session.labels.data[1], result[1])
+
+
+def test_undo_brings_back_what_the_user_had_said(session):
+    give_result(session)
+    session.results.accept(range(4))
+    mark(session, Cell.COMPLETE, [2])
+    session.labels.data_setitem((np.array([2]), np.array([10]), np.array([14])), 1)
+    session.poll()
+    session.labels.undo()
+    session.poll()
+    assert session.ledger.training() == {2: "complete"}
+    session.labels.undo()
+    session.poll()
+    assert session.ledger.states == (Cell.UNTOUCHED,) * 4
+    session.labels.redo()
+    session.poll()
+    assert session.ledger.training() == {2: "complete"}
+
+
+def test_a_dab_that_is_undone_leaves_an_empty_slice_empty(session):
+    mark(session, Cell.EMPTY, [3])
+    paint(session, 3)
+    assert session.ledger.states[3] is Cell.PARTIAL
+    session.labels.undo()
+    session.poll()
+    assert session.ledger.states[3] is Cell.EMPTY
+
+
+def test_a_slice_marked_complete_stays_so_when_its_last_stroke_is_undone(session):
+    paint(session, 1)
+    session.labels.data_setitem((np.array([1]), np.array([10]), np.array([14])), 1)
+    session.poll()
+    mark(session, Cell.COMPLETE, [1])
+    session.labels.undo()
+    session.poll()
+    assert session.ledger.states[1] is Cell.COMPLETE
+
+
 def test_accepting_a_finished_slice_is_refused(session):
     paint(session, session.slice)
     mark(session, Cell.COMPLETE)
