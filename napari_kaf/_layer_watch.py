@@ -52,7 +52,7 @@ class LayerWatch:
             except UserError as error:
                 session.warned.emit(f"{volumes[0].name}: {error}")
         if session.opened is not None and session.labels is None:
-            drawn = _layers.labels_layers(viewer, session.opened.layer)
+            drawn = _layers.own_labels(viewer, session.opened.layer)
             if drawn:
                 session.choose_labels(drawn[0])
         session.layers_changed.emit()

@@ -8,6 +8,7 @@ whatever it is called, and is written back on the grid of its file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,15 +43,19 @@ __all__ = [
     "add_volume",
     "belongs_to",
     "bring_forward",
+    "claim",
+    "claimed",
     "class_names",
     "current_slice",
     "go_to",
+    "goes_with",
     "image_layers",
     "labels_layers",
     "layer_arguments",
     "layers_with_role",
     "num_frames",
     "open_volume",
+    "own_labels",
     "remove",
     "replace_volume",
     "role_of",
@@ -79,7 +84,7 @@ def image_layers(viewer: ViewerModel) -> list[Image]:
 
 
 def labels_layers(viewer: ViewerModel, image: Image) -> list[Labels]:
-    """Labels layers on the grid of an image that a person may have drawn."""
+    """Labels layers on the grid of an image that may be drawn on for it."""
     from napari.layers import Labels
 
     return [
@@ -102,10 +107,41 @@ def layers_with_role(viewer: ViewerModel, role: Role, image: Image | None = None
     return [layer for layer in layers if stack(layer).shape == shape and belongs_to(viewer, layer, image)]
 
 
+def own_labels(viewer: ViewerModel, image: Image) -> list[Labels]:
+    """Those of its labels layers that go with an image: first what was drawn for it, then what is named like it."""
+    layers = [layer for layer in labels_layers(viewer, image) if goes_with(viewer, layer, image)]
+    return sorted(layers, key=lambda layer: not claimed(layer))
+
+
+def claim(layer: Layer, image: Image) -> None:
+    """Take in that a layer is drawn on for an image, and so no other image's."""
+    layer.metadata.setdefault(KEY, {}).update(image=id(image), of=_origin(image))
+
+
+def claimed(layer: Layer) -> bool:
+    """Whether a layer was made for one image or drawn on for it."""
+    return "image" in layer.metadata.get(KEY, {})
+
+
 def belongs_to(viewer: ViewerModel, layer: Layer, image: Image) -> bool:
-    """Whether a layer was not made for another image that is open: two may have one grid."""
-    owner = layer.metadata.get(KEY, {}).get("image", id(image))
-    return owner == id(image) or owner not in {id(other) for other in image_layers(viewer)}
+    """Whether a layer is not another image's: two may have one grid.
+
+    What was made for an image that was removed belongs to the same image when it is opened again.
+    """
+    made = layer.metadata.get(KEY, {})
+    if not claimed(layer) or made["image"] == id(image):
+        return True
+    there = made["image"] in {id(other) for other in image_layers(viewer)}
+    return not there and made["of"] == _origin(image)
+
+
+def goes_with(viewer: ViewerModel, layer: Layer, image: Image) -> bool:
+    """Whether a layer belongs to an image, and, if to several of one grid, is not named more like another."""
+    if claimed(layer):
+        return belongs_to(viewer, layer, image)
+    alike = len(commonprefix([layer.name, image.name]))
+    rivals = (other for other in image_layers(viewer) if array_of(other).shape == array_of(image).shape)
+    return all(alike >= len(commonprefix([layer.name, other.name])) for other in rivals)
 
 
 def bring_forward(viewer: ViewerModel, image: Image) -> None:
@@ -116,7 +152,7 @@ def bring_forward(viewer: ViewerModel, image: Image) -> None:
         if layer in others or (role_of(layer) and stack(layer).shape != own):
             layer.visible = False
         elif role_of(layer):
-            layer.visible = belongs_to(viewer, layer, image)
+            layer.visible = goes_with(viewer, layer, image)
     image.visible = True
     count = own[0]
     position = float(image.world_to_data(viewer.dims.point)[0]) if image.ndim == 3 else 0.0
@@ -274,10 +310,21 @@ def _add(viewer: ViewerModel, opened: OpenVolume, data: NDArray[Any], name: str,
         "affine": image.affine,
         "units": image.units,
         "axis_labels": image.axis_labels,
-        "metadata": {KEY: {"volume": opened.volume, "role": role, "image": id(image)}},
+        "metadata": {KEY: {"volume": opened.volume, "role": role}},
     }
     if role == "uncertainty":
-        return viewer.add_image(
+        layer = viewer.add_image(
             data, colormap="magma", blending="additive", opacity=0.5, contrast_limits=(0, 1), **arguments
         )
-    return viewer.add_labels(data, **arguments)
+    else:
+        layer = viewer.add_labels(data, **arguments)
+    claim(layer, image)
+    return layer
+
+
+def _origin(image: Layer) -> tuple[str, int]:
+    """Where an image came from, to know it again: file or name, and frame."""
+    volume = volume_of(image)
+    if volume is None:
+        return str(image.source.path or image.name), 0
+    return str(volume.source.path), volume.source.frame

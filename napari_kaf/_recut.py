@@ -20,7 +20,9 @@ def recut(session: Session, slice_axis: int) -> None:
     assert session.opened is not None
     viewer, old, drawn_on = session.viewer, session.opened, session.labels
     volume = old.volume.along(slice_axis)
-    layers = _layers.labels_layers(viewer, old.layer)
+    layers = _layers.own_labels(viewer, old.layer)
+    if drawn_on is not None and drawn_on not in layers:
+        layers.append(drawn_on)
     known = [session.remembered(layer, old.volume.num_slices) for layer in layers]
     session.choose_volume(None)
     for layer in layers:

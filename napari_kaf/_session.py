@@ -104,8 +104,8 @@ class Session:
             self.offer_changed.emit()
             self.runs_changed.emit()
             if self.opened is not None:
-                present = _layers.labels_layers(self.viewer, self.opened.layer)
-                known = [layer for layer in present if layer in self._ledgers]
+                present = _layers.own_labels(self.viewer, self.opened.layer)
+                known = [layer for layer in present if _layers.claimed(layer) and layer in self._ledgers]
                 self.choose_labels(next(iter(known or present), None))
                 if known:  # what was saved is what is shown
                     self.saved.offer = None
@@ -149,7 +149,10 @@ class Session:
             self.saved.offer = None
 
     def choose_labels(self, layer: Labels | None) -> None:
-        """Draw on another layer, or on none; its paint stays untrained on until it is marked."""
+        """Draw on another layer, or on none; its paint stays untrained on until it is marked.
+
+        Once it is drawn on, or slices of it are marked, it is no other volume's.
+        """
         if layer is not None and layer is self.labels:
             return
         self.flush()
@@ -280,6 +283,8 @@ class Session:
     def _changed(self) -> None:
         if self.labels is not None:
             self.saved.autosave.changed()
+            if self.opened is not None:
+                _layers.claim(self.labels, self.opened.layer)
 
     def _compare_labels(self) -> None:
         """Find the slices whose paint changed, and what that makes of them."""

@@ -250,7 +250,7 @@ class SegmentWidget(Panel):
         for key, opened in self._sources.items():
             reference = None
             if self.reference.currentText() == _BESIDE:
-                drawn = _layers.labels_layers(self.session.viewer, opened.layer)
+                drawn = _layers.own_labels(self.session.viewer, opened.layer)
                 if not drawn:
                     raise UserError(
                         f"{opened.layer.name} has no label layer to compare with; choose no reference"

@@ -422,6 +422,44 @@ def test_two_volumes_of_one_grid_share_no_labels(session, viewer):
     assert session.labels is first_labels
 
 
+def test_labels_of_files_go_with_the_volume_they_are_named_like(viewer, plugin_home):
+    names = ("patient_frame01", "patient_frame01_gt", "patient_frame12", "patient_frame12_gt")
+    grey = np.random.default_rng(0).integers(0, 500, (2, *SHAPE)).astype(np.int16)
+    for name, array in zip(names[::2], grey, strict=True):
+        volume = Volume.from_array(array, (8, 1.5, 1.5), name=name)
+        _layers.add_volume(viewer, volume, name)
+        viewer.add_labels(np.zeros(SHAPE, np.uint8), name=f"{name}_gt")
+    first, first_labels, second, second_labels = viewer.layers
+    session = Session(viewer)
+    session.poll()
+    assert (session.opened.layer, session.labels) == (first, first_labels)
+    session.choose_volume(second)
+    assert session.labels is second_labels
+    session.choose_labels(first_labels)  # somebody may want them; once drawn on they are his
+    paint(session, 1)
+    assert first_labels not in _layers.labels_layers(viewer, first)
+    session.choose_volume(first)
+    assert session.labels is None
+    session.choose_volume(second)
+    assert session.labels is first_labels
+    session.close()
+
+
+def test_labels_stay_with_a_volume_that_is_opened_again(session, viewer):
+    paint(session, 1)
+    drawn, image, volume = session.labels, session.opened.layer, session.opened.volume
+    other = _layers.add_volume(
+        viewer, Volume.from_array(volume.array + 1, volume.spacing, name="other"), "other"
+    )
+    viewer.layers.remove(image)
+    session.poll()
+    session.choose_volume(other)
+    assert session.labels is None
+    session.choose_volume(_layers.add_volume(viewer, volume, "scan"))
+    assert session.labels is drawn
+    session.close()
+
+
 def test_choosing_a_volume_shows_a_slice_of_it(session, viewer):
     volume = Volume.from_array(np.arange(2400, dtype=np.int16).reshape(40, 6, 10), (8, 2, 2), name="long")
     layer = _layers.add_volume(viewer, volume, "long")
