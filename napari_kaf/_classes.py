@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kaf_model.errors import UserError
 
@@ -25,6 +28,8 @@ _COLORS = (
     (0.65, 0.55, 0.85, 1.0),
 )
 Color = tuple[float, float, float, float]
+FIRST_NAME = "structure"
+"""What the first class of new labels is called until somebody names it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,30 @@ def entries_of(names: Mapping[int, str], values: Iterable[int] = ()) -> list[Cla
     """Classes for named values and for others that are painted, in ascending order."""
     present = sorted({*names, *values} - {0})
     return [ClassEntry(value, names.get(value, f"class {value}"), default_color(value)) for value in present]
+
+
+def values_in(labels: NDArray[np.integer[Any]]) -> set[int]:
+    """The values that are painted in (Z, Y, X) labels; quick where most of it is background."""
+    return {int(value) for plane in labels for value in np.unique(plane[plane != 0])}
+
+
+def joined_classes(
+    classes: Iterable[ClassEntry], others: Iterable[ClassEntry], labels: NDArray[np.integer[Any]]
+) -> list[ClassEntry]:
+    """Classes with those of a result added; where nobody named or painted one of a value, the result's name is taken.
+
+    Args:
+        classes: What was painted so far.
+        others: Of the result.
+        labels: (Z, Y, X) what was painted so far.
+    """
+    joined = {entry.value: entry for entry in classes}
+    for other in others:
+        own = joined.setdefault(other.value, other)
+        unnamed = own.name in (FIRST_NAME, f"class {own.value}") and own.name != other.name
+        if unnamed and not (labels == own.value).any():
+            joined[other.value] = replace(own, name=other.name)
+    return list(joined.values())
 
 
 def free_value(entries: Iterable[ClassEntry]) -> int:

@@ -8,7 +8,7 @@ whatever it is called, and is written back on the grid of its file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from os.path import commonprefix
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +53,7 @@ __all__ = [
     "labels_layers",
     "layer_arguments",
     "layers_with_role",
+    "made_by",
     "num_frames",
     "open_volume",
     "own_labels",
@@ -139,9 +140,8 @@ def goes_with(viewer: ViewerModel, layer: Layer, image: Image) -> bool:
     """Whether a layer belongs to an image, and, if to several of one grid, is not named more like another."""
     if claimed(layer):
         return belongs_to(viewer, layer, image)
-    alike = len(commonprefix([layer.name, image.name]))
     rivals = (other for other in image_layers(viewer) if array_of(other).shape == array_of(image).shape)
-    return all(alike >= len(commonprefix([layer.name, other.name])) for other in rivals)
+    return all(_alike(layer.name, image.name) >= _alike(layer.name, other.name) for other in rivals)
 
 
 def bring_forward(viewer: ViewerModel, image: Image) -> None:
@@ -221,8 +221,19 @@ def show(
     classes: Sequence[ClassEntry] = (),
     *,
     name: str,
+    made_by: str = "",
 ) -> Layer:
-    """Show an array (Z, Y, X) in the layer of its role, made if needed; what is selected stays selected."""
+    """Show an array (Z, Y, X) in the layer of its role, made if needed; what is selected stays selected.
+
+    Args:
+        viewer: Where.
+        opened: The volume that it belongs to.
+        data: (Z, Y, X).
+        role: What it is shown as.
+        classes: What its values are.
+        name: Of the layer, after that of the volume.
+        made_by: Key of the run that made it.
+    """
     selected = viewer.layers.selection.active
     present = layers_with_role(viewer, role, opened.layer)
     if present:
@@ -234,6 +245,7 @@ def show(
             layer.contour = 1
         if role in ("result", "preview"):
             layer.opacity = 0.45
+    layer.metadata[KEY]["run"] = made_by
     if classes:
         set_classes(layer, classes)
     if role in ("result", "preview", "comparison"):
@@ -284,6 +296,12 @@ def class_names(layer: Layer) -> Mapping[int, str]:
     return names
 
 
+def made_by(layer: Layer) -> str:
+    """Key of the run that made what a layer shows, or nothing."""
+    key: str = layer.metadata.get(KEY, {}).get("run", "")
+    return key
+
+
 def watch_labels(layer: Labels, changed: Callable[..., None]) -> Callable[[], None]:
     """Call back when a layer's labels may have changed, by brush, undo or script; returns what ends it."""
     events = (layer.events.paint, layer.events.set_data, layer.events.data)
@@ -320,6 +338,11 @@ def _add(viewer: ViewerModel, opened: OpenVolume, data: NDArray[Any], name: str,
         layer = viewer.add_labels(data, **arguments)
     claim(layer, image)
     return layer
+
+
+def _alike(name: str, other: str) -> int:
+    """Letters in a row that two names share."""
+    return SequenceMatcher(None, name, other, autojunk=False).find_longest_match().size
 
 
 def _origin(image: Layer) -> tuple[str, int]:

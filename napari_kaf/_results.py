@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from kaf_model.errors import UserError
 from napari_kaf import _layers
+from napari_kaf._classes import ClassEntry, entries_of, joined_classes, values_in
 from napari_kaf._ledger import FINISHED, Cell
 from napari_kaf._runs import Run, RunStore
 
@@ -28,6 +30,7 @@ class Results:
         runs: All of them, oldest first.
         shown: The run whose result is shown; None also while one without a run is.
         labels: (Z, Y, X) of the shown result.
+        classes: What the values of the shown result are.
     """
 
     def __init__(self, session: Session) -> None:
@@ -36,11 +39,19 @@ class Results:
         self.runs: list[Run] = []
         self.shown: Run | None = None
         self.labels: NDArray[Any] | None = None
+        self.classes: list[ClassEntry] = []
 
     def follow(self, store: RunStore | None) -> None:
-        """Keep the runs of another volume from now on."""
-        self.store, self.shown, self.labels = store, None, None
+        """Keep the runs of another volume from now on; a result that its layers show is the shown one."""
+        self.store, self.shown, self.labels, self.classes = store, None, None, []
         self.runs = store.runs() if store is not None else []
+        opened = self._session.opened
+        if opened is None:
+            return
+        for layer in _layers.layers_with_role(self._session.viewer, "result", opened.layer):
+            self.labels = _layers.stack(layer).copy()
+            self.classes = entries_of(_layers.class_names(layer))
+            self.shown = next((run for run in self.runs if run.key == _layers.made_by(layer)), None)
 
     def reload(self) -> None:
         """Read the history again after it changed."""
@@ -49,19 +60,42 @@ class Results:
             self.shown = next((run for run in self.runs if run.key == self.shown.key), None)
         self._session.runs_changed.emit()
 
-    def show(self, run: Run | None, labels: NDArray[Any] | None = None) -> None:
-        """Show the result of a run, or labels of no run, in a layer of their own; or nothing."""
+    def show(
+        self,
+        run: Run | None,
+        labels: NDArray[Any] | None = None,
+        class_names: Mapping[int, str] | None = None,
+    ) -> None:
+        """Show the result of a run, or labels of no run, in a layer of their own; or nothing.
+
+        Args:
+            run: The run, if it is the result of one.
+            labels: (Z, Y, X); None takes those that were kept of the run.
+            class_names: By value; None takes those of the run's model. What is painted keeps its own names.
+        """
         session = self._session
         assert session.opened is not None
         assert self.store is not None
         if run is not None and labels is None:
             labels = self.store.labels(run)
-        self.shown, self.labels = run, labels
+        if run is not None and class_names is None:
+            class_names = self.store.class_names(run)
+        self.shown, self.labels, self.classes = run, labels, []
         if labels is None:
             _layers.remove(session.viewer, "result", session.opened.layer)
         else:
-            classes = session.classes
-            _layers.show(session.viewer, session.opened, labels.copy(), "result", classes, name="result")
+            drawn = {entry.value: entry for entry in session.classes}
+            found = entries_of(class_names or {}, values_in(labels))
+            self.classes = [replace(entry, color=drawn.get(entry.value, entry).color) for entry in found]
+            _layers.show(
+                session.viewer,
+                session.opened,
+                labels.copy(),
+                "result",
+                [drawn.get(entry.value, entry) for entry in self.classes],
+                name="result",
+                made_by=run.key if run is not None else "",
+            )
         session.show_predicted()
         session.runs_changed.emit()
 
@@ -79,7 +113,7 @@ class Results:
         if session.opened is None or self.labels is None:
             return
         if not _layers.layers_with_role(session.viewer, "result", session.opened.layer):
-            self.shown, self.labels = None, None
+            self.shown, self.labels, self.classes = None, None, []
             session.show_predicted()
             session.runs_changed.emit()
 
@@ -114,7 +148,7 @@ class Results:
         if self.labels is None:
             raise UserError("there is no result to accept; click Finetune first")
         if session.labels is None:
-            session.new_labels()
+            session.new_labels(self.classes)
         session.poll()
         assert session.labels is not None
         assert session.paint is not None
@@ -135,5 +169,8 @@ class Results:
                 looked_at = slices is None and states[z] is Cell.UNTOUCHED
                 by_hand[z] = np.zeros_like(where[z]) if looked_at else array[z] != 0
             where[z] = ~by_hand[z] if z in by_hand else True
+        classes = joined_classes(session.classes, self.classes, array)
         session.paint.accept(self.labels, where, taking, session.ledger)
+        if classes != session.classes:
+            session.set_classes(classes)
         return len(taking)

@@ -140,6 +140,14 @@ class RunStore:
         """Whether the volume was segmented by a run's model."""
         return self._labels_path(run.key).is_file()
 
+    def class_names(self, run: Run) -> dict[int, str]:
+        """What the values of a run's result are, as its model knows them; nothing if that cannot be read."""
+        try:
+            classes = _header(self.model_path(run.key))["classes"]
+            return {int(label["value"]): str(label["name"]) for label in classes}
+        except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError):
+            return {}
+
     def rename(self, run: Run, name: str) -> Run:
         """Give a run another name."""
         renamed = replace(run, name=name.strip() or run.name)
@@ -187,8 +195,7 @@ def _read_run(model: Path) -> Run | None:
 
 def _interrupted(model: Path) -> Run:
     """A run whose program ended before it could say anything of it."""
-    with safetensors.safe_open(model, framework="np") as file:
-        record: dict[str, Any] = json.loads(file.metadata()[_HEADER])["history"][-1]
+    record: dict[str, Any] = _header(model)["history"][-1]
     slices = (name.rsplit(":", 2)[1:] for name in record["labelled_slices"])
     return Run(
         key=model.stem,
@@ -202,3 +209,10 @@ def _interrupted(model: Path) -> Run:
         start="what its model tells",
         device=record["device"],
     )
+
+
+def _header(model: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    with safetensors.safe_open(model, framework="np") as file:
+        header: dict[str, Any] = json.loads((file.metadata() or {})[_HEADER])
+    return header

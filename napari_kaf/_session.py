@@ -10,12 +10,11 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from psygnal import Signal
 
 from kaf_model.errors import UserError
 from napari_kaf import _layers
-from napari_kaf._classes import ClassEntry, default_color, entries_of
+from napari_kaf._classes import FIRST_NAME, ClassEntry, default_color, entries_of, values_in
 from napari_kaf._layer_watch import LayerWatch
 from napari_kaf._ledger import Ledger
 from napari_kaf._paint import PaintWatch
@@ -113,6 +112,10 @@ class Session:
             else:
                 self.choose_labels(None)
 
+    def works_on(self, opened: _layers.OpenVolume | None) -> bool:
+        """Whether a volume that was opened before is the one that is worked on."""
+        return self.opened is not None and opened is not None and self.opened.layer is opened.layer
+
     def give_spacing(self, spacing: Sequence[float]) -> None:
         """Take the voxel size, mm (z, y, x), of a volume of which it was not known."""
         assert self.opened is not None
@@ -165,7 +168,7 @@ class Session:
             array = _layers.stack(layer)
             ledger, classes = self.remembered(layer, len(array))
             self._set_ledger(ledger)
-            self.classes = classes or entries_of(_layers.class_names(layer), np.unique(array).tolist())
+            self.classes = classes or entries_of(_layers.class_names(layer), values_in(array))
             self._remember_ledger()
             _layers.set_classes(layer, self.classes)
             self.paint = PaintWatch(layer)
@@ -174,11 +177,11 @@ class Session:
         self.classes_changed.emit()
         self.ledger_changed.emit()
 
-    def new_labels(self) -> None:
-        """Make a layer to draw on, with one class to begin with."""
+    def new_labels(self, classes: Sequence[ClassEntry] = ()) -> None:
+        """Make a layer to draw on, with the classes of before, else the given ones, else one to begin with."""
         if self.opened is None:
             raise UserError("there is no volume to label; open one first")
-        classes = self.classes or [ClassEntry(1, "structure", default_color(1))]
+        classes = self.classes or list(classes) or [ClassEntry(1, FIRST_NAME, default_color(1))]
         self.choose_labels(_layers.add_labels(self.viewer, self.opened, classes))
 
     # --- classes -----------------------------------------------------------------------------------------
@@ -247,11 +250,11 @@ class Session:
     def _open(self, layer: Image) -> None:
         self.opened = _layers.open_volume(layer)
         self.saved.follow(self.opened)
-        self.results.follow(RunStore(f"{self.saved.volume_key}-{self.opened.volume.source.axes[0]}"))
         given = self.saved.spacing
         if given and not self.opened.spacing_known:
             self.saved.remember_spacing(given)
             self.opened = _layers.open_volume(layer, given)
+        self.results.follow(RunStore(f"{self.saved.volume_key}-{self.opened.volume.source.axes[0]}"))
 
     def _remember_ledger(self) -> None:
         assert self.labels is not None
@@ -303,7 +306,7 @@ class Session:
         if changed:
             self._changed()
             known = {entry.value for entry in self.classes}
-            new = {int(value) for z in changed for value in np.unique(array[z])} - known - {0}
+            new = values_in(array[changed]) - known
             if new:
                 self.set_classes([*self.classes, *entries_of({}, new)])
 

@@ -123,7 +123,7 @@ class HistorySection(QWidget):
         def made(report: Any) -> None:
             if isinstance(report, VolumeSegmented):
                 store.add(run, report.segmentation.labels)
-                if self.session.opened is opened:
+                if self.session.works_on(opened):
                     self.session.results.reload()
                     self.session.results.show(run)
 

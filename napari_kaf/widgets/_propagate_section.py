@@ -72,7 +72,7 @@ class PropagateSection(QWidget):
         def done(labels: NDArray[np.integer[Any]] | None) -> None:
             if labels is None:
                 self.row.say("Stopped.")
-            elif self.session.opened is not opened:
+            elif not self.session.works_on(opened):
                 show_info(
                     f"labels were carried through {snapshot.volume.name}; choose that volume and click again"
                 )

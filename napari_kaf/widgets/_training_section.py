@@ -100,7 +100,7 @@ class TrainingSection(QWidget):
         self.row.button.setToolTip(with_key("finetune", text) + why)
 
     def _follow_slice(self, event: object = None) -> None:
-        if self.life.job is not None:
+        if self.life.job is not None and self.session.works_on(self._opened):
             self.life.job.control.slice = self.session.slice
 
     def _reported(self, report: Any) -> None:
@@ -129,7 +129,7 @@ class TrainingSection(QWidget):
             return
         if outcome.problem:
             show_error(outcome.problem)
-        if session.opened is None or session.opened.volume is not volume:
+        if not session.works_on(self._opened):
             show_info(f"{run.name} on {volume.name} is finished; choose that volume to see it")
             return
         session.results.reload()

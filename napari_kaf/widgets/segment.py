@@ -305,13 +305,11 @@ class SegmentWidget(Panel):
                 "uncertainty",
                 name="uncertainty",
             )
-        entries = entries_of(report.class_names)
-        if session.opened is not None and session.opened.layer is opened.layer:
-            if not session.classes:
-                session.set_classes(entries)
-            session.results.show(None, report.segmentation.labels)
+        labels, names = report.segmentation.labels, report.class_names
+        if session.works_on(opened):
+            session.results.show(None, labels, names)
         else:
-            _layers.show(viewer, opened, report.segmentation.labels, "result", entries, name="result")
+            _layers.show(viewer, opened, labels, "result", entries_of(names), name="result")
 
     def _done(self, outcome: SegmentOutcome) -> None:
         self._outcome = outcome

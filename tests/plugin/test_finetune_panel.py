@@ -14,6 +14,7 @@ from qtpy.QtWidgets import QApplication, QLabel
 from kaf_model.checkpoint import load_header
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
+from kaf_model.volume import Volume
 from napari_kaf import _layers
 from napari_kaf._classes import add_class
 from napari_kaf._finetune_task import FinetuneOutcome, FinetuneRequest
@@ -165,6 +166,31 @@ def test_what_nothing_can_interrupt_is_not_waited_for(labelled, qtbot, monkeypat
     assert panel.training.row.status.text() == "Stopped before anything was learnt."
     assert panel.training.row.button.isEnabled()
     imported.set()
+
+
+def test_looking_at_another_volume_leaves_the_preview_on_the_first(labelled, qtbot, monkeypatch):
+    viewer, panel = labelled
+    waiting = threading.Event()
+
+    def learning(request: FinetuneRequest, control: object):
+        yield from ()
+        waiting.wait(60)
+
+    monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", learning)
+    first = panel.session.opened.layer
+    panel.training.row.button.click()
+    panel.session.go_to(2)
+    assert panel.life.job.control.slice == 2
+    longer = Volume.from_array(np.arange(48_000, dtype=np.int16).reshape(30, 40, 40), (8, 2, 2), name="longer")
+    panel.session.choose_volume(_layers.add_volume(viewer, longer, "longer"))
+    panel.session.go_to(29)
+    assert panel.life.job.control.slice == 2
+    panel.session.choose_volume(first)
+    panel.session.go_to(4)
+    assert panel.life.job.control.slice == 4
+    panel.training.row.button.click()
+    finish(panel, qtbot)
+    waiting.set()
 
 
 def test_a_second_cancel_takes_what_was_last_seen(labelled, qtbot, monkeypatch):

@@ -209,6 +209,36 @@ def test_rejecting_removes_the_layer(session, viewer):
         session.results.accept()
 
 
+def test_a_result_is_the_shown_one_again_when_its_volume_is_chosen_again(session, viewer):
+    result = give_result(session)
+    first = session.opened.layer
+    volume = Volume.from_array(session.opened.volume.array + 1, (8, 1.5, 1.5), name="second")
+    session.choose_volume(_layers.add_volume(viewer, volume, "second"))
+    assert session.results.labels is None
+    session.choose_volume(first)
+    np.testing.assert_array_equal(session.results.labels, result)
+    session.results.accept(range(4))
+    np.testing.assert_array_equal(session.labels.data, result)
+
+
+def test_an_accepted_result_brings_its_classes(session, viewer):
+    names = {0: "background", 1: "right ventricle", 2: "myocardium", 3: "left ventricle"}
+    result = np.zeros(SHAPE, np.uint8)
+    result[2, 2:5, 2:10] = 1
+    result[2, 5:8, 2:10] = 3
+    session.results.show(None, result, names)
+    session.results.accept(range(4))
+    # Nobody had named or painted the first class of the new labels.
+    assert {entry.value: entry.name for entry in session.classes} == {k: names[k] for k in (1, 2, 3)}
+    assert _layers.class_names(session.labels) == {k: names[k] for k in (1, 2, 3)}
+    session.labels.undo()
+    session.poll()
+    paint(session, 0, value=4)
+    session.results.show(None, result, {1: "muscle", 4: "valve"})
+    session.results.accept(range(4))
+    assert [entry.name for entry in session.classes] == [*list(names.values())[1:], "class 4"]  # painted so
+
+
 def test_strokes_are_saved_within_seconds_and_come_back_after_a_crash(session, viewer, monkeypatch):
     monkeypatch.setattr(_autosave, "SAVE_AFTER", 0.0)
     paint(session, 2)
