@@ -82,8 +82,9 @@ def contrast_limits(array: NDArray[Any]) -> tuple[float, float]:
 
 
 def role_of(layer: Layer) -> Role | None:
-    """The part that a layer plays for the plugin, if it has one."""
-    role: Role | None = layer.metadata.get(KEY, {}).get("role")
+    """The part that a layer plays for the plugin, if it has one; a copy of what the plugin made is the user's."""
+    known = layer.metadata.get(KEY, {})
+    role: Role | None = known.get("role") if known.get("made", id(layer)) == id(layer) else None
     return role
 
 

@@ -64,7 +64,10 @@ class LayerWatch:
             name = session.labels.name
             session.choose_labels(None)  # saves
             session.saved.look()
-            session.told.emit(f"{name} was deleted; what was drawn on it can be restored")
+            drawn = session.saved.offer is not None
+            session.told.emit(
+                f"{name} was deleted{'; what was drawn on it can be restored' if drawn else ''}"
+            )
             session.offer_changed.emit()
         if session.opened is not None and session.opened.layer not in viewer.layers:
             session.choose_volume(None)

@@ -116,7 +116,7 @@ def own_labels(viewer: ViewerModel, image: Image) -> list[Labels]:
 
 def claim(layer: Layer, image: Image) -> None:
     """Take in that a layer is drawn on for an image, and so no other image's."""
-    layer.metadata.setdefault(KEY, {}).update(image=id(image), of=_origin(image))
+    _note(layer, image=id(image), of=_origin(image))
 
 
 def claimed(layer: Layer) -> bool:
@@ -245,7 +245,7 @@ def show(
             layer.contour = 1
         if role in ("result", "preview"):
             layer.opacity = 0.45
-    layer.metadata[KEY]["run"] = made_by
+    _note(layer, run=made_by)
     if classes:
         set_classes(layer, classes)
     if role in ("result", "preview", "comparison"):
@@ -267,15 +267,22 @@ def remove(viewer: ViewerModel, role: Role, image: Image | None = None) -> None:
         viewer.layers.remove(layer)
 
 
-def write_into(labels: Labels, values: NDArray[Any], where: NDArray[np.bool_]) -> None:
-    """Write values (Z, Y, X) into a layer that a person draws on, as one step that Ctrl+Z takes back."""
-    if values.max(initial=0) > np.iinfo(labels.data.dtype).max:
-        raise UserError(
-            f"the labels layer holds numbers up to {np.iinfo(labels.data.dtype).max}, the result has larger ones"
-        )
-    changed = where & (stack(labels) != values)
-    indices = np.nonzero(changed)
-    if indices[0].size:
+def write_into(labels: Labels, values: NDArray[Any], where: Mapping[int, NDArray[np.bool_]]) -> None:
+    """Write into a layer that a person draws on, as one step that Ctrl+Z takes back.
+
+    Args:
+        labels: The layer.
+        values: (Z, Y, X) to write.
+        where: By slice, (Y, X) where to write them.
+    """
+    largest = np.iinfo(labels.data.dtype).max
+    if values.max(initial=0) > largest:
+        raise UserError(f"the labels layer holds numbers up to {largest}, the result has larger ones")
+    array = stack(labels)
+    changed = {z: np.nonzero(plane & (array[z] != values[z])) for z, plane in where.items()}
+    rows = np.concatenate([np.full(len(y), z) for z, (y, _x) in changed.items()] or [np.zeros(0, int)])
+    if rows.size:
+        indices = (rows, *(np.concatenate(axis) for axis in zip(*changed.values(), strict=True)))
         kept = indices if labels.ndim == 3 else indices[1:]
         labels.data_setitem(kept, values[indices].astype(labels.data.dtype))
 
@@ -287,7 +294,7 @@ def set_classes(layer: Labels, classes: Sequence[ClassEntry]) -> None:
     colors: dict[int | None, Any] = {None: (0.6, 0.6, 0.6, 1), 0: (0, 0, 0, 0)}
     colors |= {entry.value: entry.color for entry in classes}
     layer.colormap = DirectLabelColormap(color_dict=colors)
-    layer.metadata.setdefault(KEY, {})["classes"] = {entry.value: entry.name for entry in classes}
+    _note(layer, classes={entry.value: entry.name for entry in classes})
 
 
 def class_names(layer: Layer) -> Mapping[int, str]:
@@ -337,7 +344,13 @@ def _add(viewer: ViewerModel, opened: OpenVolume, data: NDArray[Any], name: str,
     else:
         layer = viewer.add_labels(data, **arguments)
     claim(layer, image)
+    _note(layer, made=id(layer))
     return layer
+
+
+def _note(layer: Layer, **values: Any) -> None:
+    """Keep something with a layer, and not with the layers it was copied to or from."""
+    layer.metadata[KEY] = {**layer.metadata.get(KEY, {}), **values}
 
 
 def _alike(name: str, other: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,16 +64,14 @@ class PaintWatch:
         self._states = ledger.states
         return changed
 
-    def accept(
-        self, values: NDArray[Any], where: NDArray[np.bool_], slices: Sequence[int], ledger: Ledger
-    ) -> None:
-        """Write a result (Z, Y, X) into the layer in one step that can be undone, and mark its slices."""
+    def accept(self, values: NDArray[Any], where: Mapping[int, NDArray[np.bool_]], ledger: Ledger) -> None:
+        """Write a result (Z, Y, X) into some slices in one step that can be undone, and mark them."""
         before, states = list(self._checksums), ledger.states
         _layers.write_into(self._layer, values, where)
         self._checksums = _checksums(_layers.stack(self._layer))
-        for z in slices:
+        for z in where:
             self._accepted.setdefault(z, {})[before[z]] = states[z]
-        ledger.restate(dict.fromkeys(slices, Cell.ACCEPTED))
+        ledger.restate(dict.fromkeys(where, Cell.ACCEPTED))
         self._states = ledger.states
 
     def _touch(self, event: object = None) -> None:

@@ -162,15 +162,15 @@ class Results:
                 "mark it untouched to take the result instead"
             )
         array = _layers.stack(session.labels)
-        where = np.zeros(array.shape, bool)
+        where: dict[int, NDArray[np.bool_]] = {}
         by_hand = session.ledger.by_hand
         for z in taking:
             if states[z] is not Cell.ACCEPTED:
                 looked_at = slices is None and states[z] is Cell.UNTOUCHED
-                by_hand[z] = np.zeros_like(where[z]) if looked_at else array[z] != 0
-            where[z] = ~by_hand[z] if z in by_hand else True
+                by_hand[z] = np.zeros_like(array[z], bool) if looked_at else array[z] != 0
+            where[z] = ~by_hand[z] if z in by_hand else np.ones_like(array[z], bool)
         classes = joined_classes(session.classes, self.classes, array)
-        session.paint.accept(self.labels, where, taking, session.ledger)
+        session.paint.accept(self.labels, where, session.ledger)
         if classes != session.classes:
             session.set_classes(classes)
         return len(taking)

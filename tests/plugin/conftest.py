@@ -62,9 +62,7 @@ def labelled(open_panel, small_heart, truth):
     viewer, panel = open_panel("Finetune", small_heart)
     panel.session.new_labels()
     for z in (1, 3):
-        plane = np.zeros(truth.shape, bool)
-        plane[z] = True
-        _layers.write_into(panel.session.labels, (truth > 0).astype(np.uint8), plane)
+        _layers.write_into(panel.session.labels, (truth > 0).astype(np.uint8), {z: truth[z] > 0})
     mark(panel.session, Cell.COMPLETE, [1, 3])
     panel.training.form.minutes.setValue(0.1)
     return viewer, panel

@@ -181,7 +181,9 @@ def test_looking_at_another_volume_leaves_the_preview_on_the_first(labelled, qtb
     panel.training.row.button.click()
     panel.session.go_to(2)
     assert panel.life.job.control.slice == 2
-    longer = Volume.from_array(np.arange(48_000, dtype=np.int16).reshape(30, 40, 40), (8, 2, 2), name="longer")
+    longer = Volume.from_array(
+        np.arange(48_000, dtype=np.int16).reshape(30, 40, 40), (8, 2, 2), name="longer"
+    )
     panel.session.choose_volume(_layers.add_volume(viewer, longer, "longer"))
     panel.session.go_to(29)
     assert panel.life.job.control.slice == 2

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from napari.components import ViewerModel
+from napari.layers import Labels
 
 from kaf_model.errors import UserError
 from kaf_model.volume import Volume
 from napari_kaf import _autosave, _layers
-from napari_kaf._classes import add_class, remove_class
+from napari_kaf._classes import add_class, entries_of, remove_class
 from napari_kaf._ledger import Cell
 from napari_kaf._marking import mark
 from napari_kaf._runs import Run
@@ -237,6 +238,19 @@ def test_an_accepted_result_brings_its_classes(session, viewer):
     session.results.show(None, result, {1: "muscle", 4: "valve"})
     session.results.accept(range(4))
     assert [entry.name for entry in session.classes] == [*list(names.values())[1:], "class 4"]  # painted so
+
+
+def test_a_copy_of_a_result_is_the_users(session, viewer):
+    give_result(session)
+    (result,) = _layers.layers_with_role(viewer, "result")
+    copy = Labels(result.data.copy(), name="mine", metadata=result.metadata)
+    viewer.add_layer(copy)
+    session.results.reject()
+    assert copy in viewer.layers
+    assert result not in viewer.layers
+    session.choose_labels(copy)
+    session.set_classes([*session.classes, *entries_of({7: "valve"})])
+    assert 7 not in _layers.class_names(result)
 
 
 def test_strokes_are_saved_within_seconds_and_come_back_after_a_crash(session, viewer, monkeypatch):
