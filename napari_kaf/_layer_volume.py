@@ -90,7 +90,7 @@ def role_of(layer: Layer) -> Role | None:
 def volume_of(layer: Layer) -> Volume | None:
     """The volume that a layer was made for, if it carries one of its own shape."""
     volume = layer.metadata.get(KEY, {}).get("volume")
-    return volume if isinstance(volume, Volume) and volume.shape == stack(layer).shape else None
+    return volume if isinstance(volume, Volume) and volume.shape == stack_shape(layer) else None
 
 
 def num_frames(layer: Layer) -> int:
@@ -124,15 +124,21 @@ def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVol
 
 
 def stack(layer: Layer) -> NDArray[Any]:
-    """The array of a layer as (Z, Y, X); a view, so writing to it writes to the layer."""
-    array = array_of(layer)
+    """The array of a layer as (Z, Y, X), read if it is lazy; else a view, so writing to it writes to the layer."""
+    data = finest(layer)
+    array = data if isinstance(data, np.ndarray) else np.asarray(data)
     return array[None] if array.ndim == 2 else array
 
 
-def array_of(layer: Layer) -> NDArray[Any]:
-    """The array of a layer, read if it is a lazy one; of several scales the finest."""
-    data = layer.data[0] if getattr(layer, "multiscale", False) else layer.data
-    return data if isinstance(data, np.ndarray) else np.asarray(data)
+def stack_shape(layer: Layer) -> tuple[int, ...]:
+    """Shape (Z, Y, X) of a layer; a lazy one is not read for it."""
+    shape = np.shape(finest(layer))
+    return (1, *shape) if len(shape) == 2 else shape
+
+
+def finest(layer: Layer) -> Any:
+    """The data of a layer, of several scales the finest; it may be lazy."""
+    return layer.data[0] if getattr(layer, "multiscale", False) else layer.data
 
 
 def _same_as_file(layer: Image, array: NDArray[Any]) -> Volume | None:

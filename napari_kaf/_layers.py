@@ -20,13 +20,14 @@ from napari_kaf._layer_volume import (
     KEY,
     OpenVolume,
     Role,
-    array_of,
+    finest,
     image_arguments,
     layer_arguments,
     num_frames,
     open_volume,
     role_of,
     stack,
+    stack_shape,
     volume_of,
 )
 
@@ -58,6 +59,7 @@ __all__ = [
     "show",
     "show_slice",
     "stack",
+    "stack_shape",
     "volume_of",
     "watch_labels",
     "write_into",
@@ -88,7 +90,7 @@ def labels_layers(viewer: ViewerModel, image: Image) -> list[Labels]:
         if isinstance(layer, Labels)
         and not layer.multiscale
         and role_of(layer) in (None, "labels")
-        and layer.data.shape == array_of(image).shape
+        and layer.data.shape == finest(image).shape
         and belongs_to(viewer, layer, image)
     ]
 
@@ -98,8 +100,8 @@ def layers_with_role(viewer: ViewerModel, role: Role, image: Image | None = None
     layers = [layer for layer in viewer.layers if role_of(layer) == role]
     if image is None:
         return layers
-    shape = stack(image).shape
-    return [layer for layer in layers if stack(layer).shape == shape and belongs_to(viewer, layer, image)]
+    shape = stack_shape(image)
+    return [layer for layer in layers if stack_shape(layer) == shape and belongs_to(viewer, layer, image)]
 
 
 def belongs_to(viewer: ViewerModel, layer: Layer, image: Image) -> bool:
@@ -111,9 +113,9 @@ def belongs_to(viewer: ViewerModel, layer: Layer, image: Image) -> bool:
 def bring_forward(viewer: ViewerModel, image: Image) -> None:
     """Show an image with what belongs to it, and hide the others and what belongs to them."""
     others = [layer for layer in image_layers(viewer) if layer is not image]
-    own = stack(image).shape
+    own = stack_shape(image)
     for layer in viewer.layers:
-        if layer in others or (role_of(layer) and stack(layer).shape != own):
+        if layer in others or (role_of(layer) and stack_shape(layer) != own):
             layer.visible = False
         elif role_of(layer):
             layer.visible = belongs_to(viewer, layer, image)
@@ -130,7 +132,7 @@ def current_slice(viewer: ViewerModel, layer: Layer) -> int:
     if layer.ndim == 2:
         return 0
     position = float(layer.world_to_data(viewer.dims.point)[0])
-    return int(np.clip(round(position), 0, stack(layer).shape[0] - 1))
+    return int(np.clip(round(position), 0, stack_shape(layer)[0] - 1))
 
 
 def go_to(viewer: ViewerModel, layer: Layer, z: int) -> None:
@@ -191,7 +193,7 @@ def show(
     present = layers_with_role(viewer, role, opened.layer)
     if present:
         layer = present[0]
-        layer.data = data.reshape(array_of(layer).shape)
+        layer.data = data.reshape(finest(layer).shape)
     else:
         layer = _add(viewer, opened, data, f"{opened.layer.name} {name}", role)
         if role == "comparison":
@@ -264,7 +266,7 @@ def watch_labels(layer: Labels, changed: Callable[..., None]) -> Callable[[], No
 def _add(viewer: ViewerModel, opened: OpenVolume, data: NDArray[Any], name: str, role: Role) -> Any:
     """Add a layer that lies exactly over the image."""
     image = opened.layer
-    data = data.reshape(array_of(image).shape)
+    data = data.reshape(finest(image).shape)
     arguments: dict[str, Any] = {
         "name": name,
         "scale": image.scale,

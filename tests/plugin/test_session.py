@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dask.array as da
 import numpy as np
 import pytest
 from napari.components import ViewerModel
@@ -255,6 +256,29 @@ def test_a_bare_array_asks_for_its_spacing_once(viewer, plugin_home, shape):
     assert again.opened.volume.spacing == (5, 1, 1)
     session.close()
     again.close()
+
+
+def test_a_lazy_array_is_read_once(viewer, plugin_home):
+    read = []
+
+    def plane(block_info=None) -> np.ndarray:
+        read.append(block_info)
+        return np.ones((1, 12, 16), np.int16)
+
+    lazy = da.map_blocks(plane, chunks=((1,) * 4, (12,), (16,)), meta=np.empty((0, 0, 0), np.int16))
+    layer = viewer.add_image(lazy, name="lazy", scale=(8, 1, 1), units="mm", contrast_limits=(0, 2))
+    session = Session(viewer)
+    session.poll()
+    session.new_labels()
+    opened = len(read)
+    session.go_to(3)
+    shown = len(read) - opened
+    assert session.slice == 3
+    assert _layers.labels_layers(viewer, layer) == [session.labels]
+    _layers.bring_forward(viewer, layer)
+    session.poll()
+    assert len(read) == opened + shown
+    session.close()
 
 
 def test_a_second_volume_has_labels_of_its_own(session, viewer):
