@@ -37,9 +37,9 @@ class LayerWatch:
     def _look_at_layers(self, viewer: ViewerModel) -> None:
         session = self._session
         seen = [
-            (id(layer), layer.name, tuple(getattr(layer.data, "shape", ())))  # shapes are a list
+            (id(layer), layer.name, tuple(getattr(_layers.finest(layer), "shape", ())))  # shapes are a list
             for layer in viewer.layers
-            if not layer.multiscale and _layers.role_of(layer) != "explore"
+            if _layers.role_of(layer) != "explore"
         ]
         if seen == self._seen:
             return

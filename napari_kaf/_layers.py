@@ -45,6 +45,7 @@ __all__ = [
     "bring_forward",
     "class_names",
     "current_slice",
+    "finest",
     "go_to",
     "image_layers",
     "labels_layers",

@@ -281,6 +281,20 @@ def test_a_lazy_array_is_read_once(viewer, plugin_home):
     session.close()
 
 
+def test_an_image_of_several_scales_is_picked_up_and_let_go(viewer, plugin_home):
+    session = Session(viewer)
+    session.poll()
+    array = np.random.default_rng(1).random((4, 24, 32)).astype(np.float32)
+    layer = viewer.add_image([array, array[:, ::2, ::2]], name="pyramid", multiscale=True)
+    session.poll()
+    assert session.opened is not None
+    assert session.opened.volume.shape == array.shape
+    viewer.layers.remove(layer)
+    session.poll()
+    assert session.opened is None
+    session.close()
+
+
 def test_a_second_volume_has_labels_of_its_own(session, viewer):
     paint(session, 1)
     volume = Volume.from_array(np.arange(60, dtype=np.int16).reshape(3, 4, 5), (2, 1, 1), name="second")
