@@ -93,6 +93,11 @@ def volume_of(layer: Layer) -> Volume | None:
     return volume if isinstance(volume, Volume) and volume.shape == stack_shape(layer) else None
 
 
+def remember(layer: Layer, volume: Volume) -> None:
+    """Let a layer carry a volume."""
+    layer.metadata[KEY] = {**layer.metadata.get(KEY, {}), "volume": volume}  # duplicated layers share the old
+
+
 def num_frames(layer: Layer) -> int:
     """Volumes in the file that a layer was read from."""
     return int(layer.metadata.get(KEY, {}).get("frames", 1))
@@ -103,7 +108,7 @@ def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVol
 
     Args:
         layer: An image layer.
-        spacing: mm (z, y, x) that the user gave for it, if it was asked for.
+        spacing: mm (z, y, x) that the user gave for it, if it was asked for; the layer carries it from then on.
 
     Raises:
         UserError: If its numbers cannot be a volume.
@@ -113,13 +118,14 @@ def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVol
         made = carried.source.format == "array"
         return OpenVolume(layer, carried, True, "as you gave it" if made else "from the file's header")
     array = stack(layer)
-    if spacing is None:
-        from_file = _same_as_file(layer, array)
-        if from_file is not None:
-            return OpenVolume(layer, from_file, True, "from the file's header")
-    known, size, origin = spacing is not None, tuple(spacing or ()), "as you gave it"
-    if spacing is None:
-        known, size, origin = _spacing_of_layer(layer)
+    if spacing is not None:
+        volume = Volume.from_array(array, spacing, name=layer.name)
+        remember(layer, volume)
+        return OpenVolume(layer, volume, True, "as you gave it")
+    from_file = _same_as_file(layer, array)
+    if from_file is not None:
+        return OpenVolume(layer, from_file, True, "from the file's header")
+    known, size, origin = _spacing_of_layer(layer)
     return OpenVolume(layer, Volume.from_array(array, size, name=layer.name), known, origin)
 
 

@@ -248,6 +248,11 @@ class SegmentWidget(Panel):
         }
         sources = []
         for key, opened in self._sources.items():
+            if not opened.spacing_known:
+                raise UserError(
+                    f"the voxel size of {opened.layer.name} is not known, and what is found and its millilitres "
+                    "depend on it; choose the volume in Finetune and say its voxel size there"
+                )
             reference = None
             if self.reference.currentText() == _BESIDE:
                 drawn = _layers.labels_layers(self.session.viewer, opened.layer)

@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 
 from kaf_model.errors import UserError
+from kaf_model.evaluate import Scores
+from kaf_model.progress import Progress
 from napari_kaf import _layers
 from napari_kaf._classes import entries_of
+from napari_kaf._jobs import Report
 from napari_kaf._ledger import Cell
 from napari_kaf._marking import mark
+from napari_kaf._segment_task import SegmentOutcome, SegmentRequest
+from napari_kaf.widgets import segment
 from napari_kaf.widgets.segment import _BESIDE
 
 
@@ -145,6 +150,37 @@ def test_segment_has_no_finished_slices_to_use(segment_panel):
     mark(segment_panel.session, Cell.PARTIAL, [1, 3])
     assert not segment_panel.finished.isEnabled()
     assert segment_panel.finished.text() == "Use finished slices"
+
+
+def test_segment_takes_the_voxel_sizes_that_were_given(open_panel, model, qtbot, monkeypatch):
+    asked = []
+
+    def ask(request: SegmentRequest, control: object):
+        asked.append(request)
+        yield Report(Progress("segmenting", 0, None))
+        return SegmentOutcome(Scores((), ()))
+
+    monkeypatch.setattr(segment, "segment_task", ask)
+    viewer, panel = open_panel("Segment")
+    panel.model.add_file(model)
+    first, second = (
+        viewer.add_image(np.random.default_rng(seed).random((4, 12, 16)).astype(np.float32), name=name)
+        for seed, name in enumerate(("first", "second"))
+    )
+    session = panel.session
+    session.poll()
+    with pytest.raises(UserError, match="voxel size of first is not known"):
+        panel.start()
+    session.give_spacing((8, 1.5, 1.5))
+    session.choose_volume(second)
+    with pytest.raises(UserError, match="voxel size of second is not known"):
+        panel.start()
+    session.give_spacing((5, 1, 1))
+    panel.start()
+    finish(panel, qtbot)
+    assert [source.volume.spacing for source in asked[0].sources] == [(8, 1.5, 1.5), (5, 1, 1)]
+    session.choose_volume(first)
+    assert session.opened.volume.spacing == (8, 1.5, 1.5)
 
 
 def test_segment_a_folder_into_a_folder(open_panel, small_heart, model, qtbot, tmp_path, notifications):
