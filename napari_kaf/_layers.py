@@ -25,6 +25,7 @@ from napari_kaf._layer_volume import (
     layer_arguments,
     num_frames,
     open_volume,
+    remember,
     role_of,
     stack,
     stack_shape,
@@ -41,6 +42,7 @@ __all__ = [
     "Role",
     "add_labels",
     "add_volume",
+    "adopt",
     "belongs_to",
     "bring_forward",
     "class_names",
@@ -178,6 +180,12 @@ def add_labels(
     layer.brush_size = 8
     layer.mode = "paint"
     return layer
+
+
+def adopt(layer: Labels, opened: OpenVolume) -> None:
+    """Let labels carry the volume they are drawn on, unless they were read with a grid of their own."""
+    if role_of(layer) is None or not layer.source.path:
+        remember(layer, opened.volume)
 
 
 def show(

@@ -159,6 +159,8 @@ class Session:
         if layer is None:
             self._set_ledger(Ledger(0))
         else:
+            if self.opened is not None:
+                _layers.adopt(layer, self.opened)
             array = _layers.stack(layer)
             ledger, classes = self.remembered(layer, len(array))
             self._set_ledger(ledger)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import dask.array as da
+import nibabel as nib
 import numpy as np
 import pytest
 from napari.components import ViewerModel
+from napari.layers import Layer
 
 from kaf_model.errors import UserError
 from kaf_model.volume import Volume
@@ -13,8 +17,10 @@ from napari_kaf import _autosave, _layers
 from napari_kaf._classes import add_class, remove_class
 from napari_kaf._ledger import Cell
 from napari_kaf._marking import mark
+from napari_kaf._reader import read_layers
 from napari_kaf._runs import Run
 from napari_kaf._session import Session, session_for
+from napari_kaf._writer import write_labels_layer
 
 SHAPE = (4, 12, 16)
 
@@ -256,6 +262,31 @@ def test_a_bare_array_asks_for_its_spacing_once(viewer, plugin_home, shape):
     assert again.opened.volume.spacing == (5, 1, 1)
     session.close()
     again.close()
+
+
+def save_as_nifti(layer, path: Path) -> nib.Nifti1Image:
+    """What File > Save makes of a labels layer."""
+    data, arguments, _kind = layer.as_layer_data_tuple()
+    assert write_labels_layer(str(path), data, arguments) == [str(path)]
+    return nib.load(path)
+
+
+def test_labels_that_napari_made_are_saved_on_the_grid_of_their_volume(viewer, plugin_home, tmp_path):
+    affine = np.array([[-1.5, 0, 0, 90], [0, 1.5, 0, -126], [0, 0, 8, -72], [0, 0, 0, 1.0]])
+    scan = nib.Nifti1Image(np.arange(768, dtype=np.int16).reshape(16, 12, 4) * 7, affine)
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    viewer.add_layer(Layer.create(*read_layers(str(tmp_path / "scan.nii.gz"))[0]))
+    session = Session(viewer)
+    session.poll()
+    viewer._new_labels()
+    session.poll()
+    assert session.labels is viewer.layers[-1]
+    paint(session, 2)
+    saved = save_as_nifti(session.labels, tmp_path / "labels.nii.gz")
+    np.testing.assert_array_equal(saved.affine, affine)
+    stored = session.opened.volume.to_stored(session.labels.data)
+    np.testing.assert_array_equal(np.asarray(saved.dataobj), stored)
+    session.close()
 
 
 def test_a_lazy_array_is_read_once(viewer, plugin_home):
