@@ -45,6 +45,7 @@ __all__ = [
     "adopt",
     "belongs_to",
     "bring_forward",
+    "carry_on",
     "class_names",
     "current_slice",
     "finest",
@@ -186,6 +187,16 @@ def adopt(layer: Labels, opened: OpenVolume) -> None:
     """Let labels carry the volume they are drawn on, unless they were read with a grid of their own."""
     if role_of(layer) is None or not layer.source.path:
         remember(layer, opened.volume)
+
+
+def carry_on(viewer: ViewerModel, image: Image, old: Volume, new: Volume) -> None:
+    """Let the layers that lie on an image, and carry its volume, carry what it became."""
+    for layer in viewer.layers:
+        carried = volume_of(layer)
+        if layer is image or carried is None:
+            continue
+        if carried.array is old.array or layer.metadata[KEY].get("image") == id(image):
+            remember(layer, new)
 
 
 def show(

@@ -289,6 +289,21 @@ def test_labels_that_napari_made_are_saved_on_the_grid_of_their_volume(viewer, p
     session.close()
 
 
+def test_a_voxel_size_that_is_given_late_is_saved_with_the_labels(viewer, plugin_home, tmp_path):
+    viewer.add_image(np.random.default_rng(1).random(SHAPE).astype(np.float32), name="bare")
+    session = Session(viewer)
+    session.poll()
+    viewer._new_labels()
+    session.poll()
+    session.new_labels()
+    session.give_spacing((8, 1.5, 1.5))
+    for number, layer in enumerate(_layers.labels_layers(viewer, session.opened.layer)):
+        saved = save_as_nifti(layer, tmp_path / f"{number}.nii.gz")
+        assert saved.header.get_zooms() == (1.5, 1.5, 8)
+    assert number == 1
+    session.close()
+
+
 def test_a_lazy_array_is_read_once(viewer, plugin_home):
     read = []
 
