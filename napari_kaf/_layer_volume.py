@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,11 +104,14 @@ def num_frames(layer: Layer) -> int:
 
 
 def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVolume:
-    """Return the volume of an image layer.
+    """Return the volume of an image layer: the voxels that it shows, where its file or the user put them.
+
+    A layer carries a volume that was given a spacing or found in its file; it keeps its place, and its name for
+    saved work, when other voxels of the same shape are put into it.
 
     Args:
         layer: An image layer.
-        spacing: mm (z, y, x) that the user gave for it, if it was asked for; the layer carries it from then on.
+        spacing: mm (z, y, x) that the user gave for it, if it was asked for.
 
     Raises:
         UserError: If its numbers cannot be a volume.
@@ -116,7 +119,8 @@ def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVol
     carried = volume_of(layer)
     if carried is not None and spacing is None:
         made = carried.source.format == "array"
-        return OpenVolume(layer, carried, True, "as you gave it" if made else "from the file's header")
+        origin = "as you gave it" if made else "from the file's header"
+        return OpenVolume(layer, _with_voxels_of(layer, carried), True, origin)
     array = stack(layer)
     if spacing is not None:
         volume = Volume.from_array(array, spacing, name=layer.name)
@@ -124,6 +128,7 @@ def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVol
         return OpenVolume(layer, volume, True, "as you gave it")
     from_file = _same_as_file(layer, array)
     if from_file is not None:
+        remember(layer, from_file)
         return OpenVolume(layer, from_file, True, "from the file's header")
     known, size, origin = _spacing_of_layer(layer)
     return OpenVolume(layer, Volume.from_array(array, size, name=layer.name), known, origin)
@@ -145,6 +150,15 @@ def stack_shape(layer: Layer) -> tuple[int, ...]:
 def finest(layer: Layer) -> Any:
     """The data of a layer, of several scales the finest; it may be lazy."""
     return layer.data[0] if getattr(layer, "multiscale", False) else layer.data
+
+
+def _with_voxels_of(layer: Image, carried: Volume) -> Volume:
+    """The volume that a layer carries, with what the layer shows now."""
+    array = stack(layer)
+    if array is carried.array:
+        return carried
+    shown = Volume.from_array(array)
+    return carried if np.array_equal(shown.array, carried.array) else replace(carried, array=shown.array)
 
 
 def _same_as_file(layer: Image, array: NDArray[Any]) -> Volume | None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from napari.components import ViewerModel
 from napari.layers import Layer
+from napari.layers._layer_actions import _duplicate_layer
 
 from kaf_model.errors import UserError
 from kaf_model.volume import Volume
@@ -302,6 +303,49 @@ def test_a_voxel_size_that_is_given_late_is_saved_with_the_labels(viewer, plugin
         assert saved.header.get_zooms() == (1.5, 1.5, 8)
     assert number == 1
     session.close()
+
+
+def test_voxels_that_are_replaced_are_worked_on_in_the_same_place(session, viewer):
+    paint(session, 1)
+    drawn, affine, key = session.labels, session.opened.volume.affine, session.saved.volume_key
+    layer = session.opened.layer
+    filtered = layer.data[:, ::-1] + 1
+    told = []
+    session.volume_changed.connect(lambda: told.append(session.opened))
+    layer.data = filtered
+    np.testing.assert_array_equal(told[0].volume.array, filtered)
+    np.testing.assert_array_equal(session.opened.volume.affine, affine)
+    assert session.opened.spacing_known
+    assert session.labels is drawn
+    session.choose_volume(None)
+    session.choose_volume(layer)
+    np.testing.assert_array_equal(session.opened.volume.array, filtered)
+    assert session.labels is drawn
+    assert session.saved.volume_key == key  # what was saved before is found again, and goes on
+
+
+def test_a_changed_copy_of_a_volume_is_opened_with_its_own_voxels(session, viewer):
+    viewer.layers.selection = {session.opened.layer}
+    _duplicate_layer(viewer.layers)
+    (copy,) = (layer for layer in _layers.image_layers(viewer) if layer is not session.opened.layer)
+    copy.data += 1
+    opened = _layers.open_volume(copy)
+    np.testing.assert_array_equal(opened.volume.array, session.opened.volume.array + 1)
+    np.testing.assert_array_equal(opened.volume.affine, session.opened.volume.affine)
+
+
+def test_a_volume_that_becomes_another_shape_lets_go_of_its_labels(session, viewer):
+    paint(session, 1)
+    layer, drawn = session.opened.layer, session.labels
+    layer.data = np.zeros((7, 8, 9), np.int16)
+    assert session.opened.volume.shape == (7, 8, 9)
+    assert session.labels is None
+    assert drawn in viewer.layers
+    warned = []
+    session.warned.connect(warned.append)
+    layer.data = np.zeros((7, 8, 9), bool)
+    assert session.opened is None
+    assert "real numbers" in warned[0]
 
 
 def test_a_lazy_array_is_read_once(viewer, plugin_home):
