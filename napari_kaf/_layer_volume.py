@@ -123,15 +123,16 @@ def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVol
         return OpenVolume(layer, _with_voxels_of(layer, carried), True, origin)
     array = stack(layer)
     if spacing is not None:
-        volume = Volume.from_array(array, spacing, name=layer.name)
+        volume = Volume.from_array(array, spacing, name=layer.name, fill_nan=0)
         remember(layer, volume)
         return OpenVolume(layer, volume, True, "as you gave it")
-    from_file = _same_as_file(layer, array)
+    known, size, origin = _spacing_of_layer(layer)
+    volume = Volume.from_array(array, size, name=layer.name, fill_nan=0)
+    from_file = _same_as_file(layer, volume.array)
     if from_file is not None:
         remember(layer, from_file)
         return OpenVolume(layer, from_file, True, "from the file's header")
-    known, size, origin = _spacing_of_layer(layer)
-    return OpenVolume(layer, Volume.from_array(array, size, name=layer.name), known, origin)
+    return OpenVolume(layer, volume, known, origin)
 
 
 def stack(layer: Layer) -> NDArray[Any]:
@@ -157,8 +158,11 @@ def _with_voxels_of(layer: Image, carried: Volume) -> Volume:
     array = stack(layer)
     if array is carried.array:
         return carried
-    shown = Volume.from_array(array)
-    return carried if np.array_equal(shown.array, carried.array) else replace(carried, array=shown.array)
+    shown = Volume.from_array(array, fill_nan=0)
+    if np.array_equal(shown.array, carried.array):
+        return carried
+    notices = tuple(dict.fromkeys((*carried.notices, *shown.notices)))
+    return replace(carried, array=shown.array, notices=notices)
 
 
 def _same_as_file(layer: Image, array: NDArray[Any]) -> Volume | None:
@@ -166,7 +170,7 @@ def _same_as_file(layer: Image, array: NDArray[Any]) -> Volume | None:
     if not layer.source.path:
         return None
     try:
-        volume = read_volume(layer.source.path)
+        volume = read_volume(layer.source.path, fill_nan=0)
     except VolumeError:
         return None
     return volume if volume.shape == array.shape and np.array_equal(volume.array, array) else None

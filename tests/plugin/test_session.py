@@ -348,6 +348,24 @@ def test_a_volume_that_becomes_another_shape_lets_go_of_its_labels(session, view
     assert "real numbers" in warned[0]
 
 
+def test_voxels_that_are_not_finite_are_filled_and_told(viewer, plugin_home):
+    array = np.random.default_rng(1).random(SHAPE).astype(np.float32)
+    array[0, 0, :2] = np.nan, np.inf
+    layer = viewer.add_image(array, name="nan", scale=(8, 1, 1), units="mm", contrast_limits=(0, 1))
+    session = Session(viewer)
+    session.poll()
+    for _ in range(2):
+        volume = session.opened.volume
+        np.testing.assert_array_equal(volume.array, np.where(np.isfinite(array), array, 0))
+        assert volume.notices == ("2 voxels that were NaN or infinite are set to 0",)
+        session.give_spacing((5, 1, 1))
+    assert np.isnan(layer.data[0, 0, 0])
+    layer.data = np.where(array > 0.9, np.nan, 1)
+    assert np.isfinite(session.opened.volume.array).all()
+    assert "NaN" in session.opened.volume.notices[-1]
+    session.close()
+
+
 def test_a_lazy_array_is_read_once(viewer, plugin_home):
     read = []
 
