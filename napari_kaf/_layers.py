@@ -62,6 +62,7 @@ __all__ = [
     "set_classes",
     "show",
     "show_slice",
+    "shows_slices",
     "stack",
     "stack_shape",
     "volume_of",
@@ -137,6 +138,11 @@ def current_slice(viewer: ViewerModel, layer: Layer) -> int:
         return 0
     position = float(layer.world_to_data(viewer.dims.point)[0])
     return int(np.clip(round(position), 0, stack_shape(layer)[0] - 1))
+
+
+def shows_slices(viewer: ViewerModel, layer: Layer) -> bool:
+    """Whether the viewer shows one slice (Y, X) of a layer at a time."""
+    return layer.ndim == 2 or viewer.dims.ndim - layer.ndim in viewer.dims.not_displayed
 
 
 def go_to(viewer: ViewerModel, layer: Layer, z: int) -> None:

@@ -127,6 +127,22 @@ def test_accepting_fills_what_is_not_the_users_and_undo_takes_it_back(session):
     assert session.ledger.states[2] is Cell.ACCEPTED
 
 
+@pytest.mark.parametrize(("order", "ndisplay"), [((1, 0, 2), 2), ((0, 1, 2), 3)])
+def test_a_slice_that_is_not_shown_is_neither_marked_nor_filled(session, viewer, order, ndisplay):
+    give_result(session)
+    viewer.dims.order, viewer.dims.ndisplay = order, ndisplay
+    for act in (lambda: mark(session, Cell.EMPTY), session.results.accept):
+        with pytest.raises(UserError, match="not shown one by one"):
+            act()
+    assert session.ledger.states == (Cell.UNTOUCHED,) * 4
+    assert not session.labels.data.any()
+    mark(session, Cell.EMPTY, [1])  # said by its number
+    viewer.dims.order, viewer.dims.ndisplay = (0, 2, 1), 2
+    session.go_to(2)
+    mark(session, Cell.EMPTY)
+    assert session.ledger.states == (Cell.UNTOUCHED, Cell.EMPTY, Cell.EMPTY, Cell.UNTOUCHED)
+
+
 def test_accepted_slices_are_not_trained_on_until_marked(session):
     give_result(session)
     session.results.accept(range(4))
