@@ -64,6 +64,7 @@ class Volume:
         spacing: Sequence[float] = (1.0, 1.0, 1.0),
         affine: ArrayLike | None = None,
         name: str = "array",
+        fill_nan: float | None = None,
     ) -> Volume:
         """Make a volume from an array in memory, already in display order.
 
@@ -72,6 +73,7 @@ class Volume:
             spacing: mm along (z, y, x); not used when an affine is given.
             affine: (4, 4) index (z, y, x) -> RAS+ mm. Without it Z runs up, Y back and X left.
             name: What to call it.
+            fill_nan: Value for voxels that are NaN or infinite, in a copy; None leaves them.
         """
         array = np.ascontiguousarray(array[None] if array.ndim == 2 else array)
         if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "iuf":
@@ -90,7 +92,11 @@ class Volume:
             axes=(2, 1, 0),
             flips=(False, False, False),
         )
-        return _volume(array, source, ())
+        notices: tuple[str, ...] = ()
+        if fill_nan is not None and not all(np.isfinite(plane).all() for plane in array):
+            array, num_bad = _intensities(array.copy(), 1.0, 0.0, fill_nan)
+            notices = (_filled(num_bad, fill_nan),)
+        return _volume(array, source, notices)
 
     @property
     def name(self) -> str:
@@ -191,13 +197,13 @@ def read_volume(
     source = choose_source(stored, slice_axis, frame)
     raw, slope, intercept = stored.voxels(frame)
     array, num_bad = _intensities(source.to_display(raw), slope, intercept, fill_nan)
-    if num_bad and fill_nan is None:
-        raise VolumeError(
-            f"{path}: {num_bad} of {array.size} voxels are NaN or infinite; read it with fill_nan=0, "
-            "or another value for them"
-        )
     if num_bad:
-        stored.notices.append(f"{num_bad} voxels that were NaN or infinite are set to {fill_nan:g}")
+        if fill_nan is None:
+            raise VolumeError(
+                f"{path}: {num_bad} of {array.size} voxels are NaN or infinite; read it with fill_nan=0, "
+                "or another value for them"
+            )
+        stored.notices.append(_filled(num_bad, fill_nan))
     if is_oblique(source.affine):
         stored.notices.append(
             f"oblique: its axes are turned by up to {obliquity(source.affine):.0f} degrees from the "
@@ -285,6 +291,10 @@ def _frame(stored: Stored, frame: int | None) -> int:
     if frame is not None and not 0 <= frame < count:
         raise VolumeError(f"{stored.path}: has no frame {frame}, it holds {count}, counted from 0")
     return frame or 0
+
+
+def _filled(num_bad: int, fill_nan: float) -> str:
+    return f"{num_bad} voxels that were NaN or infinite are set to {fill_nan:g}"
 
 
 def _scaled(view: NDArray[Any], slope: float, intercept: float) -> Iterator[NDArray[np.float64]]:

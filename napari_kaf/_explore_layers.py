@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_kaf._layers import KEY, OpenVolume, role_of, stack
+from napari_kaf._layers import KEY, OpenVolume, role_of, stack_shape
 
 if TYPE_CHECKING:
     from napari.components import ViewerModel
@@ -279,7 +279,7 @@ def voxel_at(opened: OpenVolume, position: Sequence[float]) -> tuple[float, floa
     inside = np.asarray(layer.world_to_data(position), float)[-layer.ndim :]
     voxel = np.concatenate([np.zeros(3 - layer.ndim), inside])
     voxel[0] = np.round(voxel[0])
-    if np.any(voxel < -0.5) or np.any(voxel > np.array(stack(layer).shape) - 0.5):
+    if np.any(voxel < -0.5) or np.any(voxel > np.array(stack_shape(layer)) - 0.5):
         return None
     return float(voxel[0]), float(voxel[1]), float(voxel[2])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -91,7 +91,12 @@ def role_of(layer: Layer) -> Role | None:
 def volume_of(layer: Layer) -> Volume | None:
     """The volume that a layer was made for, if it carries one of its own shape."""
     volume = layer.metadata.get(KEY, {}).get("volume")
-    return volume if isinstance(volume, Volume) and volume.shape == stack(layer).shape else None
+    return volume if isinstance(volume, Volume) and volume.shape == stack_shape(layer) else None
+
+
+def note(layer: Layer, **values: Any) -> None:
+    """Keep something with a layer, and not with those it was copied from or to."""
+    layer.metadata[KEY] = {**layer.metadata.get(KEY, {}), **values}  # copied layers share the old one
 
 
 def num_frames(layer: Layer) -> int:
@@ -100,7 +105,10 @@ def num_frames(layer: Layer) -> int:
 
 
 def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVolume:
-    """Return the volume of an image layer.
+    """Return the volume of an image layer: the voxels that it shows, where its file or the user put them.
+
+    A layer carries a volume that was given a spacing or found in its file; it keeps its place, and its name for
+    saved work, when other voxels of the same shape are put into it.
 
     Args:
         layer: An image layer.
@@ -112,28 +120,50 @@ def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVol
     carried = volume_of(layer)
     if carried is not None and spacing is None:
         made = carried.source.format == "array"
-        return OpenVolume(layer, carried, True, "as you gave it" if made else "from the file's header")
+        origin = "as you gave it" if made else "from the file's header"
+        return OpenVolume(layer, _with_voxels_of(layer, carried), True, origin)
     array = stack(layer)
-    if spacing is None:
-        from_file = _same_as_file(layer, array)
-        if from_file is not None:
-            return OpenVolume(layer, from_file, True, "from the file's header")
-    known, size, origin = spacing is not None, tuple(spacing or ()), "as you gave it"
-    if spacing is None:
-        known, size, origin = _spacing_of_layer(layer)
-    return OpenVolume(layer, Volume.from_array(array, size, name=layer.name), known, origin)
+    if spacing is not None:
+        volume = Volume.from_array(array, spacing, name=layer.name, fill_nan=0)
+        note(layer, volume=volume)
+        return OpenVolume(layer, volume, True, "as you gave it")
+    known, size, origin = _spacing_of_layer(layer)
+    volume = Volume.from_array(array, size, name=layer.name, fill_nan=0)
+    from_file = _same_as_file(layer, volume.array)
+    if from_file is not None:
+        note(layer, volume=from_file)
+        return OpenVolume(layer, from_file, True, "from the file's header")
+    return OpenVolume(layer, volume, known, origin)
 
 
 def stack(layer: Layer) -> NDArray[Any]:
-    """The array of a layer as (Z, Y, X); a view, so writing to it writes to the layer."""
-    array = array_of(layer)
+    """The array of a layer as (Z, Y, X), read if it is lazy; else a view, so writing to it writes to the layer."""
+    data = finest(layer)
+    array = data if isinstance(data, np.ndarray) else np.asarray(data)
     return array[None] if array.ndim == 2 else array
 
 
-def array_of(layer: Layer) -> NDArray[Any]:
-    """The array of a layer, read if it is a lazy one; of several scales the finest."""
-    data = layer.data[0] if getattr(layer, "multiscale", False) else layer.data
-    return data if isinstance(data, np.ndarray) else np.asarray(data)
+def stack_shape(layer: Layer) -> tuple[int, ...]:
+    """Shape (Z, Y, X) of a layer; a lazy one is not read for it."""
+    shape = np.shape(finest(layer))
+    return (1, *shape) if len(shape) == 2 else shape
+
+
+def finest(layer: Layer) -> Any:
+    """The data of a layer, of several scales the finest; it may be lazy."""
+    return layer.data[0] if getattr(layer, "multiscale", False) else layer.data
+
+
+def _with_voxels_of(layer: Image, carried: Volume) -> Volume:
+    """The volume that a layer carries, with what the layer shows now."""
+    array = stack(layer)
+    if array is carried.array:
+        return carried
+    shown = Volume.from_array(array, fill_nan=0)
+    if np.array_equal(shown.array, carried.array):
+        return carried
+    notices = tuple(dict.fromkeys((*carried.notices, *shown.notices)))
+    return replace(carried, array=shown.array, notices=notices)
 
 
 def _same_as_file(layer: Image, array: NDArray[Any]) -> Volume | None:
@@ -141,7 +171,7 @@ def _same_as_file(layer: Image, array: NDArray[Any]) -> Volume | None:
     if not layer.source.path:
         return None
     try:
-        volume = read_volume(layer.source.path)
+        volume = read_volume(layer.source.path, fill_nan=0)
     except VolumeError:
         return None
     return volume if volume.shape == array.shape and np.array_equal(volume.array, array) else None

@@ -1,4 +1,4 @@
-"""Taking in that layers came, went or were renamed, and which class the brush paints."""
+"""Taking in that layers came, went, were renamed or got other voxels, and which class the brush paints."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from napari_kaf import _layers
 
 if TYPE_CHECKING:
     from napari.components import ViewerModel
+    from napari.layers import Image
 
     from napari_kaf._session import Session
 
@@ -24,6 +25,8 @@ class LayerWatch:
         self._session = session
         self._seen: list[tuple[int, str, tuple[int, ...]]] = []
         self._seen_brush = 0
+        self._followed: Image | None = None
+        session.volume_changed.connect(self._follow_volume)
 
     def look(self, viewer: ViewerModel) -> None:
         """Take in what changed since the last look."""
@@ -37,9 +40,9 @@ class LayerWatch:
     def _look_at_layers(self, viewer: ViewerModel) -> None:
         session = self._session
         seen = [
-            (id(layer), layer.name, tuple(getattr(layer.data, "shape", ())))  # shapes are a list
+            (id(layer), layer.name, tuple(getattr(_layers.finest(layer), "shape", ())))  # shapes are a list
             for layer in viewer.layers
-            if not layer.multiscale and _layers.role_of(layer) != "explore"
+            if _layers.role_of(layer) != "explore"
         ]
         if seen == self._seen:
             return
@@ -56,6 +59,36 @@ class LayerWatch:
             if drawn:
                 session.choose_labels(drawn[0])
         session.layers_changed.emit()
+
+    def _follow_volume(self) -> None:
+        """Hear of it when the voxels of the volume that is worked on are replaced."""
+        opened = self._session.opened
+        layer = opened.layer if opened is not None else None
+        if layer is self._followed:
+            return
+        if self._followed is not None:
+            self._followed.events.data.disconnect(self._open_again)
+        if layer is not None:
+            layer.events.data.connect(self._open_again)
+        self._followed = layer
+
+    def _open_again(self, event: object = None) -> None:
+        """Work on the voxels that the volume has now; what is drawn on it stays if it fits."""
+        session = self._session
+        if session.opened is None:
+            return
+        layer, old = session.opened.layer, session.opened.volume
+        try:
+            if _layers.stack_shape(layer) == old.shape:
+                session.opened = _layers.open_volume(layer)
+                _layers.carry_on(session.viewer, layer, old, session.opened.volume)
+                session.volume_changed.emit()
+            else:
+                session.choose_volume(None)
+                session.choose_volume(layer)
+        except UserError as error:
+            session.choose_volume(None)
+            session.warned.emit(f"{layer.name}: {error}")
 
     def _forget_removed_layers(self, viewer: ViewerModel) -> None:
         """Let go of layers that were deleted; what was drawn on them is saved first, and offered back."""

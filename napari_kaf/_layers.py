@@ -21,13 +21,15 @@ from napari_kaf._layer_volume import (
     KEY,
     OpenVolume,
     Role,
-    array_of,
+    finest,
     image_arguments,
     layer_arguments,
+    note,
     num_frames,
     open_volume,
     role_of,
     stack,
+    stack_shape,
     volume_of,
 )
 
@@ -41,12 +43,15 @@ __all__ = [
     "Role",
     "add_labels",
     "add_volume",
+    "adopt",
     "belongs_to",
     "bring_forward",
+    "carry_on",
     "claim",
     "claimed",
     "class_names",
     "current_slice",
+    "finest",
     "go_to",
     "goes_with",
     "image_layers",
@@ -63,7 +68,9 @@ __all__ = [
     "set_classes",
     "show",
     "show_slice",
+    "shows_slices",
     "stack",
+    "stack_shape",
     "volume_of",
     "watch_labels",
     "write_into",
@@ -94,7 +101,7 @@ def labels_layers(viewer: ViewerModel, image: Image) -> list[Labels]:
         if isinstance(layer, Labels)
         and not layer.multiscale
         and role_of(layer) in (None, "labels")
-        and layer.data.shape == array_of(image).shape
+        and layer.data.shape == finest(image).shape
         and belongs_to(viewer, layer, image)
     ]
 
@@ -104,8 +111,8 @@ def layers_with_role(viewer: ViewerModel, role: Role, image: Image | None = None
     layers = [layer for layer in viewer.layers if role_of(layer) == role]
     if image is None:
         return layers
-    shape = stack(image).shape
-    return [layer for layer in layers if stack(layer).shape == shape and belongs_to(viewer, layer, image)]
+    shape = stack_shape(image)
+    return [layer for layer in layers if stack_shape(layer) == shape and belongs_to(viewer, layer, image)]
 
 
 def own_labels(viewer: ViewerModel, image: Image) -> list[Labels]:
@@ -116,7 +123,7 @@ def own_labels(viewer: ViewerModel, image: Image) -> list[Labels]:
 
 def claim(layer: Layer, image: Image) -> None:
     """Take in that a layer is drawn on for an image, and so no other image's."""
-    _note(layer, image=id(image), of=_origin(image))
+    note(layer, image=id(image), of=_origin(image))
 
 
 def claimed(layer: Layer) -> bool:
@@ -140,16 +147,16 @@ def goes_with(viewer: ViewerModel, layer: Layer, image: Image) -> bool:
     """Whether a layer belongs to an image, and, if to several of one grid, is not named more like another."""
     if claimed(layer):
         return belongs_to(viewer, layer, image)
-    rivals = (other for other in image_layers(viewer) if array_of(other).shape == array_of(image).shape)
+    rivals = (other for other in image_layers(viewer) if finest(other).shape == finest(image).shape)
     return all(_alike(layer.name, image.name) >= _alike(layer.name, other.name) for other in rivals)
 
 
 def bring_forward(viewer: ViewerModel, image: Image) -> None:
     """Show an image with what belongs to it, and hide the others and what belongs to them."""
     others = [layer for layer in image_layers(viewer) if layer is not image]
-    own = stack(image).shape
+    own = stack_shape(image)
     for layer in viewer.layers:
-        if layer in others or (role_of(layer) and stack(layer).shape != own):
+        if layer in others or (role_of(layer) and stack_shape(layer) != own):
             layer.visible = False
         elif role_of(layer):
             layer.visible = goes_with(viewer, layer, image)
@@ -166,7 +173,12 @@ def current_slice(viewer: ViewerModel, layer: Layer) -> int:
     if layer.ndim == 2:
         return 0
     position = float(layer.world_to_data(viewer.dims.point)[0])
-    return int(np.clip(round(position), 0, stack(layer).shape[0] - 1))
+    return int(np.clip(round(position), 0, stack_shape(layer)[0] - 1))
+
+
+def shows_slices(viewer: ViewerModel, layer: Layer) -> bool:
+    """Whether the viewer shows one slice (Y, X) of a layer at a time."""
+    return layer.ndim == 2 or viewer.dims.ndim - layer.ndim in viewer.dims.not_displayed
 
 
 def go_to(viewer: ViewerModel, layer: Layer, z: int) -> None:
@@ -213,6 +225,22 @@ def add_labels(
     return layer
 
 
+def adopt(layer: Labels, opened: OpenVolume) -> None:
+    """Let labels carry the volume they are drawn on, unless they were read with a grid of their own."""
+    if role_of(layer) is None or not layer.source.path:
+        note(layer, volume=opened.volume)
+
+
+def carry_on(viewer: ViewerModel, image: Image, old: Volume, new: Volume) -> None:
+    """Let the layers that lie on an image, and carry its volume, carry what it became."""
+    for layer in viewer.layers:
+        carried = volume_of(layer)
+        if layer is image or carried is None:
+            continue
+        if carried.array is old.array or layer.metadata[KEY].get("image") == id(image):
+            note(layer, volume=new)
+
+
 def show(
     viewer: ViewerModel,
     opened: OpenVolume,
@@ -238,14 +266,14 @@ def show(
     present = layers_with_role(viewer, role, opened.layer)
     if present:
         layer = present[0]
-        layer.data = data.reshape(array_of(layer).shape)
+        layer.data = data.reshape(finest(layer).shape)
     else:
         layer = _add(viewer, opened, data, f"{opened.layer.name} {name}", role)
         if role == "comparison":
             layer.contour = 1
         if role in ("result", "preview"):
             layer.opacity = 0.45
-    _note(layer, run=made_by)
+    note(layer, run=made_by)
     if classes:
         set_classes(layer, classes)
     if role in ("result", "preview", "comparison"):
@@ -294,7 +322,7 @@ def set_classes(layer: Labels, classes: Sequence[ClassEntry]) -> None:
     colors: dict[int | None, Any] = {None: (0.6, 0.6, 0.6, 1), 0: (0, 0, 0, 0)}
     colors |= {entry.value: entry.color for entry in classes}
     layer.colormap = DirectLabelColormap(color_dict=colors)
-    _note(layer, classes={entry.value: entry.name for entry in classes})
+    note(layer, classes={entry.value: entry.name for entry in classes})
 
 
 def class_names(layer: Layer) -> Mapping[int, str]:
@@ -325,7 +353,7 @@ def watch_labels(layer: Labels, changed: Callable[..., None]) -> Callable[[], No
 def _add(viewer: ViewerModel, opened: OpenVolume, data: NDArray[Any], name: str, role: Role) -> Any:
     """Add a layer that lies exactly over the image."""
     image = opened.layer
-    data = data.reshape(array_of(image).shape)
+    data = data.reshape(finest(image).shape)
     arguments: dict[str, Any] = {
         "name": name,
         "scale": image.scale,
@@ -344,13 +372,8 @@ def _add(viewer: ViewerModel, opened: OpenVolume, data: NDArray[Any], name: str,
     else:
         layer = viewer.add_labels(data, **arguments)
     claim(layer, image)
-    _note(layer, made=id(layer))
+    note(layer, made=id(layer))
     return layer
-
-
-def _note(layer: Layer, **values: Any) -> None:
-    """Keep something with a layer, and not with the layers it was copied to or from."""
-    layer.metadata[KEY] = {**layer.metadata.get(KEY, {}), **values}
 
 
 def _alike(name: str, other: str) -> int:

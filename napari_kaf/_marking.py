@@ -21,12 +21,12 @@ def mark(session: Session, state: Cell, slices: Iterable[int] | None = None) -> 
     """Say what the shown slice, or the given ones, are.
 
     Raises:
-        UserError: If that contradicts the paint.
+        UserError: If that contradicts the paint, or slices are not shown one by one.
     """
     labels = _labels_to_mark(session)
     session.poll()
     array = _layers.stack(labels)
-    for z in [session.slice] if slices is None else list(slices):
+    for z in [shown_slice(session)] if slices is None else list(slices):
         has_paint, to_mark = bool(array[z].any()), state
         if state is Cell.EMPTY and has_paint:
             raise UserError(
@@ -36,6 +36,21 @@ def mark(session: Session, state: Cell, slices: Iterable[int] | None = None) -> 
             to_mark = Cell.EMPTY
             session.told.emit(f"nothing is painted on slice {z}: it counts as verified empty")
         session.ledger.mark([z], to_mark)
+
+
+def shown_slice(session: Session) -> int:
+    """The slice that is shown, for what is said of it.
+
+    Raises:
+        UserError: If the viewer shows all of them in 3D, or across.
+    """
+    opened = session.opened
+    if opened is not None and not _layers.shows_slices(session.viewer, opened.layer):
+        raise UserError(
+            f"the slices of {opened.layer.name} are not shown one by one; go back to 2D, and roll the axes "
+            "(Ctrl+E) until the slider below the canvas steps through them"
+        )
+    return session.slice
 
 
 def mark_painted_complete(session: Session) -> None:

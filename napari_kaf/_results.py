@@ -13,6 +13,7 @@ from kaf_model.errors import UserError
 from napari_kaf import _layers
 from napari_kaf._classes import ClassEntry, entries_of, joined_classes, values_in
 from napari_kaf._ledger import FINISHED, Cell
+from napari_kaf._marking import shown_slice
 from napari_kaf._runs import Run, RunStore
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ class Results:
             How many slices took it.
 
         Raises:
-            UserError: If there is no result or no layer for it, or nothing could be accepted.
+            UserError: If there is no result or no layer for it, nothing could be accepted, or slices are not shown
+                one by one.
         """
         session = self._session
         if self.labels is None:
@@ -153,7 +155,7 @@ class Results:
         assert session.labels is not None
         assert session.paint is not None
         states = session.ledger.states
-        wanted = [session.slice] if slices is None else list(slices)
+        wanted = [shown_slice(session)] if slices is None else list(slices)
         taking = [z for z in wanted if states[z] not in FINISHED]
         if slices is None and not taking:
             z = wanted[0]

@@ -44,7 +44,7 @@ class SavedWork:
         if opened is None:
             self.autosave.follow(None)
             return
-        volume = opened.volume
+        volume = _layers.volume_of(opened.layer) or opened.volume  # also when its voxels were replaced
         name = f"{volume.name}-frame{volume.source.frame}" if volume.source.frame else volume.name
         self.autosave.follow(Sidecar(opened.path, name, volume.to_stored(volume.array)))
         self.look()

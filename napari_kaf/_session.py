@@ -119,8 +119,9 @@ class Session:
     def give_spacing(self, spacing: Sequence[float]) -> None:
         """Take the voxel size, mm (z, y, x), of a volume of which it was not known."""
         assert self.opened is not None
-        layer = self.opened.layer
+        layer, old = self.opened.layer, self.opened.volume
         self.opened = _layers.open_volume(layer, spacing)
+        _layers.carry_on(self.viewer, layer, old, self.opened.volume)
         self.saved.remember_spacing(spacing)
         self._changed()
         self.volume_changed.emit()
@@ -165,6 +166,8 @@ class Session:
         if layer is None:
             self._set_ledger(Ledger(0))
         else:
+            if self.opened is not None:
+                _layers.adopt(layer, self.opened)
             array = _layers.stack(layer)
             ledger, classes = self.remembered(layer, len(array))
             self._set_ledger(ledger)

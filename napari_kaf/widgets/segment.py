@@ -24,6 +24,7 @@ from qtpy.QtWidgets import (
 
 from kaf_model.config import SegmentConfig
 from kaf_model.errors import UserError
+from kaf_model.evaluate import ClassScore, Scores
 from napari_kaf import _layers
 from napari_kaf._classes import entries_of
 from napari_kaf._form import check_box, choice_box
@@ -59,7 +60,7 @@ class SegmentWidget(Panel):
     def __init__(self, napari_viewer: napari.Viewer) -> None:
         super().__init__(napari_viewer)
         self._sources: dict[int, _layers.OpenVolume] = {}
-        self._outcome: SegmentOutcome | None = None
+        self._rows: list[ClassScore] = []
         self.column.addWidget(heading("Model"))
         self.model = ModelBox(self.life, ("segmentation",), scratch=False)
         self.column.addWidget(self.model)
@@ -140,6 +141,7 @@ class SegmentWidget(Panel):
             request = SegmentRequest(choice.path, config, self.device.currentText(), self._open_sources())
         else:
             request = self._folder_request(choice.path, config)
+        self._rows = []
         self.table.setRowCount(0)
         self._show_table()
         self.csv.setEnabled(False)
@@ -248,6 +250,11 @@ class SegmentWidget(Panel):
         }
         sources = []
         for key, opened in self._sources.items():
+            if not opened.spacing_known:
+                raise UserError(
+                    f"the voxel size of {opened.layer.name} is not known, and what is found and its millilitres "
+                    "depend on it; choose the volume in Finetune and say its voxel size there"
+                )
             reference = None
             if self.reference.currentText() == _BESIDE:
                 drawn = _layers.own_labels(self.session.viewer, opened.layer)
@@ -280,6 +287,8 @@ class SegmentWidget(Panel):
     def _reported(self, report: Any) -> None:
         if not isinstance(report, VolumeSegmented):
             return
+        self._rows += report.rows
+        self.csv.setEnabled(bool(self._rows))
         for score in report.rows:
             row = self.table.rowCount()
             self.table.insertRow(row)
@@ -312,8 +321,6 @@ class SegmentWidget(Panel):
             _layers.show(viewer, opened, labels, "result", entries_of(names), name="result")
 
     def _done(self, outcome: SegmentOutcome) -> None:
-        self._outcome = outcome
-        self.csv.setEnabled(bool(outcome.scores.rows))
         count = len({row.volume for row in outcome.scores.rows})
         told = (
             f"{'Stopped' if outcome.stopped else 'Finished'}: {count} {'volume' if count == 1 else 'volumes'}"
@@ -327,7 +334,6 @@ class SegmentWidget(Panel):
 
     @answering
     def _save_csv(self, *_: Any) -> None:
-        assert self._outcome is not None
         name, _filter = QFileDialog.getSaveFileName(self, "Save CSV", "segmentation.csv", "CSV (*.csv)")
         if name:
             self.save_csv(Path(name))
@@ -338,10 +344,10 @@ class SegmentWidget(Panel):
         Raises:
             UserError: If it cannot be written, or there is none.
         """
-        if self._outcome is None:
+        if not self._rows:
             raise UserError("nothing was segmented yet")
         try:
-            self._outcome.scores.to_csv(path)
+            Scores(tuple(self._rows), ()).to_csv(path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
         self.row.say(f"Table saved as {path}")

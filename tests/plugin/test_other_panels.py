@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
+import threading
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -10,10 +13,15 @@ import numpy as np
 import pytest
 
 from kaf_model.errors import UserError
-from napari_kaf import _layers
+from kaf_model.evaluate import ClassScore, Scores
+from kaf_model.progress import Progress
+from napari_kaf import _jobs, _layers
 from napari_kaf._classes import entries_of
+from napari_kaf._jobs import Control, Report
 from napari_kaf._ledger import Cell
 from napari_kaf._marking import mark
+from napari_kaf._segment_task import SegmentOutcome, SegmentRequest, VolumeSegmented
+from napari_kaf.widgets import segment
 from napari_kaf.widgets.segment import _BESIDE
 
 
@@ -145,6 +153,73 @@ def test_segment_has_no_finished_slices_to_use(segment_panel):
     mark(segment_panel.session, Cell.PARTIAL, [1, 3])
     assert not segment_panel.finished.isEnabled()
     assert segment_panel.finished.text() == "Use finished slices"
+
+
+@pytest.mark.parametrize("ending", ["slow", "broken"])
+def test_segment_saves_what_was_done_before_it_ended(
+    open_panel, model, qtbot, monkeypatch, tmp_path, notifications, ending
+):
+    go_on = threading.Event()
+    row = ClassScore("first", 1, "valve", math.nan, math.nan, 1.5, math.nan)
+
+    def one_volume(request: SegmentRequest, control: Control):
+        yield VolumeSegmented(None, "first", None, {1: "valve"}, [row])
+        if ending == "broken":
+            raise OSError("gone")
+        while not control.cancelled:
+            yield Report(Progress("segmenting", 0, None))
+            time.sleep(0.01)
+        go_on.wait(20)  # nothing can interrupt this
+        return SegmentOutcome(Scores((row,), ()), stopped=True)
+
+    monkeypatch.setattr(segment, "segment_task", one_volume)
+    monkeypatch.setattr(_jobs, "PATIENCE", 100)
+    _viewer, panel = open_panel("Segment")
+    panel.model.add_file(model)
+    panel.source.setCurrentIndex(1)
+    panel.input.set_path(tmp_path)
+    panel.output.set_path(tmp_path / "out")
+    panel.row.button.click()
+    qtbot.waitUntil(lambda: panel.table.rowCount() == 1)
+    if ending == "slow":
+        panel.row.button.click()
+    finish(panel, qtbot)
+    go_on.set()
+    assert panel.csv.isEnabled()
+    panel.save_csv(tmp_path / "scores.csv")
+    with open(tmp_path / "scores.csv", newline="") as file:
+        assert [line["prediction_ml"] for line in csv.DictReader(file)] == ["1.5"]
+
+
+def test_segment_takes_the_voxel_sizes_that_were_given(open_panel, model, qtbot, monkeypatch):
+    asked = []
+
+    def ask(request: SegmentRequest, control: object):
+        asked.append(request)
+        yield Report(Progress("segmenting", 0, None))
+        return SegmentOutcome(Scores((), ()))
+
+    monkeypatch.setattr(segment, "segment_task", ask)
+    viewer, panel = open_panel("Segment")
+    panel.model.add_file(model)
+    first, second = (
+        viewer.add_image(np.random.default_rng(seed).random((4, 12, 16)).astype(np.float32), name=name)
+        for seed, name in enumerate(("first", "second"))
+    )
+    session = panel.session
+    session.poll()
+    with pytest.raises(UserError, match="voxel size of first is not known"):
+        panel.start()
+    session.give_spacing((8, 1.5, 1.5))
+    session.choose_volume(second)
+    with pytest.raises(UserError, match="voxel size of second is not known"):
+        panel.start()
+    session.give_spacing((5, 1, 1))
+    panel.start()
+    finish(panel, qtbot)
+    assert [source.volume.spacing for source in asked[0].sources] == [(8, 1.5, 1.5), (5, 1, 1)]
+    session.choose_volume(first)
+    assert session.opened.volume.spacing == (8, 1.5, 1.5)
 
 
 def test_segment_a_folder_into_a_folder(open_panel, small_heart, model, qtbot, tmp_path, notifications):

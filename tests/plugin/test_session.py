@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import dask.array as da
+import nibabel as nib
 import numpy as np
 import pytest
 from napari.components import ViewerModel
-from napari.layers import Labels
+from napari.layers import Labels, Layer
+from napari.layers._layer_actions import _duplicate_layer
 
 from kaf_model.errors import UserError
 from kaf_model.volume import Volume
@@ -13,8 +18,10 @@ from napari_kaf import _autosave, _layers
 from napari_kaf._classes import add_class, entries_of, remove_class
 from napari_kaf._ledger import Cell
 from napari_kaf._marking import mark
+from napari_kaf._reader import read_layers
 from napari_kaf._runs import Run
 from napari_kaf._session import Session, session_for
+from napari_kaf._writer import write_labels_layer
 
 SHAPE = (4, 12, 16)
 
@@ -118,6 +125,22 @@ def test_accepting_fills_what_is_not_the_users_and_undo_takes_it_back(session):
     session.labels.redo()
     session.poll()
     assert session.ledger.states[2] is Cell.ACCEPTED
+
+
+@pytest.mark.parametrize(("order", "ndisplay"), [((1, 0, 2), 2), ((0, 1, 2), 3)])
+def test_a_slice_that_is_not_shown_is_neither_marked_nor_filled(session, viewer, order, ndisplay):
+    give_result(session)
+    viewer.dims.order, viewer.dims.ndisplay = order, ndisplay
+    for act in (lambda: mark(session, Cell.EMPTY), session.results.accept):
+        with pytest.raises(UserError, match="not shown one by one"):
+            act()
+    assert session.ledger.states == (Cell.UNTOUCHED,) * 4
+    assert not session.labels.data.any()
+    mark(session, Cell.EMPTY, [1])  # said by its number
+    viewer.dims.order, viewer.dims.ndisplay = (0, 2, 1), 2
+    session.go_to(2)
+    mark(session, Cell.EMPTY)
+    assert session.ledger.states == (Cell.UNTOUCHED, Cell.EMPTY, Cell.EMPTY, Cell.UNTOUCHED)
 
 
 def test_accepted_slices_are_not_trained_on_until_marked(session):
@@ -355,6 +378,144 @@ def test_a_bare_array_asks_for_its_spacing_once(viewer, plugin_home, shape):
     assert again.opened.volume.spacing == (5, 1, 1)
     session.close()
     again.close()
+
+
+def save_as_nifti(layer, path: Path) -> nib.Nifti1Image:
+    """What File > Save makes of a labels layer."""
+    data, arguments, _kind = layer.as_layer_data_tuple()
+    assert write_labels_layer(str(path), data, arguments) == [str(path)]
+    return nib.load(path)
+
+
+def test_labels_that_napari_made_are_saved_on_the_grid_of_their_volume(viewer, plugin_home, tmp_path):
+    affine = np.array([[-1.5, 0, 0, 90], [0, 1.5, 0, -126], [0, 0, 8, -72], [0, 0, 0, 1.0]])
+    scan = nib.Nifti1Image(np.arange(768, dtype=np.int16).reshape(16, 12, 4) * 7, affine)
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    viewer.add_layer(Layer.create(*read_layers(str(tmp_path / "scan.nii.gz"))[0]))
+    session = Session(viewer)
+    session.poll()
+    viewer._new_labels()
+    session.poll()
+    assert session.labels is viewer.layers[-1]
+    paint(session, 2)
+    saved = save_as_nifti(session.labels, tmp_path / "labels.nii.gz")
+    np.testing.assert_array_equal(saved.affine, affine)
+    stored = session.opened.volume.to_stored(session.labels.data)
+    np.testing.assert_array_equal(np.asarray(saved.dataobj), stored)
+    session.close()
+
+
+def test_a_voxel_size_that_is_given_late_is_saved_with_the_labels(viewer, plugin_home, tmp_path):
+    viewer.add_image(np.random.default_rng(1).random(SHAPE).astype(np.float32), name="bare")
+    session = Session(viewer)
+    session.poll()
+    viewer._new_labels()
+    session.poll()
+    session.new_labels()
+    session.give_spacing((8, 1.5, 1.5))
+    for number, layer in enumerate(_layers.labels_layers(viewer, session.opened.layer)):
+        saved = save_as_nifti(layer, tmp_path / f"{number}.nii.gz")
+        assert saved.header.get_zooms() == (1.5, 1.5, 8)
+    assert number == 1
+    session.close()
+
+
+def test_voxels_that_are_replaced_are_worked_on_in_the_same_place(session, viewer):
+    paint(session, 1)
+    drawn, affine, key = session.labels, session.opened.volume.affine, session.saved.volume_key
+    layer = session.opened.layer
+    filtered = layer.data[:, ::-1] + 1
+    told = []
+    session.volume_changed.connect(lambda: told.append(session.opened))
+    layer.data = filtered
+    np.testing.assert_array_equal(told[0].volume.array, filtered)
+    np.testing.assert_array_equal(session.opened.volume.affine, affine)
+    assert session.opened.spacing_known
+    assert session.labels is drawn
+    session.choose_volume(None)
+    session.choose_volume(layer)
+    np.testing.assert_array_equal(session.opened.volume.array, filtered)
+    assert session.labels is drawn
+    assert session.saved.volume_key == key  # what was saved before is found again, and goes on
+
+
+def test_a_changed_copy_of_a_volume_is_opened_with_its_own_voxels(session, viewer):
+    viewer.layers.selection = {session.opened.layer}
+    _duplicate_layer(viewer.layers)
+    (copy,) = (layer for layer in _layers.image_layers(viewer) if layer is not session.opened.layer)
+    copy.data += 1
+    opened = _layers.open_volume(copy)
+    np.testing.assert_array_equal(opened.volume.array, session.opened.volume.array + 1)
+    np.testing.assert_array_equal(opened.volume.affine, session.opened.volume.affine)
+
+
+def test_a_volume_that_becomes_another_shape_lets_go_of_its_labels(session, viewer):
+    paint(session, 1)
+    layer, drawn = session.opened.layer, session.labels
+    layer.data = np.zeros((7, 8, 9), np.int16)
+    assert session.opened.volume.shape == (7, 8, 9)
+    assert session.labels is None
+    assert drawn in viewer.layers
+    warned = []
+    session.warned.connect(warned.append)
+    layer.data = np.zeros((7, 8, 9), bool)
+    assert session.opened is None
+    assert "real numbers" in warned[0]
+
+
+def test_voxels_that_are_not_finite_are_filled_and_told(viewer, plugin_home):
+    array = np.random.default_rng(1).random(SHAPE).astype(np.float32)
+    array[0, 0, :2] = np.nan, np.inf
+    layer = viewer.add_image(array, name="nan", scale=(8, 1, 1), units="mm", contrast_limits=(0, 1))
+    session = Session(viewer)
+    session.poll()
+    for _ in range(2):
+        volume = session.opened.volume
+        np.testing.assert_array_equal(volume.array, np.where(np.isfinite(array), array, 0))
+        assert volume.notices == ("2 voxels that were NaN or infinite are set to 0",)
+        session.give_spacing((5, 1, 1))
+    assert np.isnan(layer.data[0, 0, 0])
+    layer.data = np.where(array > 0.9, np.nan, 1)
+    assert np.isfinite(session.opened.volume.array).all()
+    assert "NaN" in session.opened.volume.notices[-1]
+    session.close()
+
+
+def test_a_lazy_array_is_read_once(viewer, plugin_home):
+    read = []
+
+    def plane(block_info=None) -> np.ndarray:
+        read.append(block_info)
+        return np.ones((1, 12, 16), np.int16)
+
+    lazy = da.map_blocks(plane, chunks=((1,) * 4, (12,), (16,)), meta=np.empty((0, 0, 0), np.int16))
+    layer = viewer.add_image(lazy, name="lazy", scale=(8, 1, 1), units="mm", contrast_limits=(0, 2))
+    session = Session(viewer)
+    session.poll()
+    session.new_labels()
+    opened = len(read)
+    session.go_to(3)
+    shown = len(read) - opened
+    assert session.slice == 3
+    assert _layers.labels_layers(viewer, layer) == [session.labels]
+    _layers.bring_forward(viewer, layer)
+    session.poll()
+    assert len(read) == opened + shown
+    session.close()
+
+
+def test_an_image_of_several_scales_is_picked_up_and_let_go(viewer, plugin_home):
+    session = Session(viewer)
+    session.poll()
+    array = np.random.default_rng(1).random((4, 24, 32)).astype(np.float32)
+    layer = viewer.add_image([array, array[:, ::2, ::2]], name="pyramid", multiscale=True)
+    session.poll()
+    assert session.opened is not None
+    assert session.opened.volume.shape == array.shape
+    viewer.layers.remove(layer)
+    session.poll()
+    assert session.opened is None
+    session.close()
 
 
 def test_a_second_volume_has_labels_of_its_own(session, viewer):
