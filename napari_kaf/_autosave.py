@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
+import weakref
 
 from kaf_model.errors import UserError
-from napari_kaf._sidecar import Sidecar, Snapshot
+from napari_kaf._sidecar import Sidecar, Snapshot, new_owner
 
 SAVE_AFTER = 3.0  # seconds from the first unsaved change
 _RETRY_AFTER = 30.0  # seconds from a failure
@@ -22,7 +22,8 @@ class Autosave:
 
     def __init__(self) -> None:
         self.sidecar: Sidecar | None = None
-        self._owners: dict[str, object] = {}  # whose labels the sidecar of a volume holds
+        self._owners: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
+        self._restored: dict[str, tuple[str, str]] = {}  # versions that owners go on from
         self._due: float | None = None
         self._thread: threading.Thread | None = None
         self._messages: list[str] = []
@@ -51,21 +52,26 @@ class Autosave:
         """Whether it is time to save."""
         return self._due is not None and time.monotonic() >= self._due
 
-    def owned_by(self, owner: object) -> None:
-        """Take in that the file holds the labels of this layer, so that it may be replaced by them."""
-        assert self.sidecar is not None
-        self._owners[self.sidecar.key] = owner
+    def owner(self, layer: object) -> str:
+        """Token of who draws on a layer."""
+        return self._owners.setdefault(layer, new_owner())
 
-    def save(self, snapshot: Snapshot, owner: object) -> None:
-        """Write in the background; what the file holds of another layer or session is set aside first."""
+    def inherit(self, layer: object, former: object) -> None:
+        """Take in that a layer goes on from another of this session."""
+        self._owners[layer] = self.owner(former)
+
+    def restored(self, layer: object, saved: Snapshot) -> None:
+        """Take in that a layer goes on from saved work, so that it may replace it."""
+        self._restored[self.owner(layer)] = saved.version
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write in the background."""
         if self.sidecar is None:
             return
         self.wait()
         self._due = None
-        if self._owners.get(self.sidecar.key) is not owner:
-            self.sidecar.set_aside()
-            self.owned_by(owner)
-        self._thread = threading.Thread(target=self._write, args=(self.sidecar, snapshot))
+        replaces = self._restored.get(snapshot.owner)
+        self._thread = threading.Thread(target=self._write, args=(self.sidecar, snapshot, replaces))
         self._thread.start()
 
     def wait(self) -> None:
@@ -80,13 +86,15 @@ class Autosave:
         self._told.update(new)
         return new
 
-    def _write(self, sidecar: Sidecar, snapshot: Snapshot) -> None:
+    def _write(self, sidecar: Sidecar, snapshot: Snapshot, replaces: tuple[str, str] | None) -> None:
         try:
-            path = sidecar.save(snapshot)
+            saved = sidecar.save(snapshot, replaces)
         except UserError as error:
             self._messages.append(str(error))
             self._due = time.monotonic() + _RETRY_AFTER
             return
-        wanted: Path | None = sidecar.wanted_folder
-        if wanted is not None and path.parent != wanted:
-            self._messages.append(f"{wanted} cannot be written; the labels are saved as {path}")
+        wanted = sidecar.wanted_folder
+        if wanted is not None and saved.path.parent != wanted:
+            self._messages.append(f"{wanted} cannot be written; the labels are saved as {saved.path}")
+        if saved.set_aside is not None:
+            self._messages.append(f"{saved.path} held other work, which is kept as {saved.set_aside.name}")

@@ -145,7 +145,6 @@ class Session:
         self._ledgers[layer] = (ledger, classes)
         if chosen:
             self.choose_labels(layer)
-            self.saved.autosave.owned_by(layer)
             self.saved.offer = None
 
     def choose_labels(self, layer: Labels | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from napari.components import ViewerModel
@@ -14,6 +16,7 @@ from napari_kaf._ledger import Cell
 from napari_kaf._marking import mark
 from napari_kaf._runs import Run
 from napari_kaf._session import Session, session_for
+from napari_kaf._sidecar import Sidecar
 
 SHAPE = (4, 12, 16)
 
@@ -80,6 +83,10 @@ def test_a_painted_class_is_not_removed(session):
     add_class(session, "valve")
     remove_class(session, 2)
     assert [entry.value for entry in session.classes] == [1]
+
+
+def _full(*_arguments: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def give_result(session: Session, value: int = 1) -> np.ndarray:
@@ -191,6 +198,60 @@ def test_work_that_was_not_restored_is_set_aside_before_it_is_overwritten(sessio
     again.close()
 
 
+@pytest.fixture
+def open_again(session) -> Callable[[], Session]:
+    """Open the same volume in another window."""
+    viewers = []
+
+    def open_() -> Session:
+        viewers.append(ViewerModel())
+        volume = session.opened.volume
+        viewers[-1].add_image(volume.array, name="scan", **_layers.layer_arguments(volume, "volume"))
+        again = session_for(viewers[-1])
+        again.poll()
+        return again
+
+    return open_
+
+
+def painted(labels: np.ndarray) -> list[int]:
+    return np.flatnonzero(labels.any(axis=(1, 2))).tolist()
+
+
+def test_two_windows_on_one_volume_replace_nothing_of_each_other(session, open_again, plugin_home):
+    other = open_again()
+    other.new_labels()
+    said = []
+    session.warned.connect(said.append)
+    for one, z in ((session, 0), (other, 1), (session, 2)):
+        paint(one, z)
+        one.flush()
+    session.poll()
+    kept = [painted(np.load(path)["labels"]) for path in (plugin_home / "labels").glob("*.npz")]
+    assert sorted(kept) == [[0], [0, 2], [1]]
+    assert "held other work, which is kept as" in said[0]
+
+
+def test_starting_afresh_leaves_what_was_drawn_meanwhile(session, open_again):
+    paint(session, 0)
+    session.flush()
+    again = open_again()
+    again.new_labels()
+    paint(again, 3)
+    again.flush()
+    again.saved.decline()
+    again.close()
+    last = open_again()
+    assert painted(last.saved.offer.labels) == [3]
+
+
+def test_a_recut_goes_on_in_the_same_file(session, plugin_home):
+    paint(session, 1)
+    session.recut(0)
+    session.flush()
+    assert len(list((plugin_home / "labels").glob("*.npz"))) == 1
+
+
 def test_saving_takes_less_than_the_promised_ten_seconds():
     from napari_kaf._pulse import INTERVAL
 
@@ -273,15 +334,10 @@ def test_a_second_volume_has_labels_of_its_own(session, viewer):
 
 
 def test_what_cannot_be_saved_is_told_once_and_tried_again(session, monkeypatch):
-    from napari_kaf._sidecar import Sidecar
-
-    def full(*_arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
     said = []
     session.warned.connect(said.append)
     with monkeypatch.context() as broken:
-        broken.setattr(Sidecar, "_write", full)
+        broken.setattr(Sidecar, "_write", _full)
         for z in (0, 1):
             paint(session, z)
             session.flush()
