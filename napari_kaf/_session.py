@@ -146,6 +146,7 @@ class Session:
         if chosen:
             self.choose_labels(layer)
             self.saved.offer = None
+            self._changed()
 
     def choose_labels(self, layer: Labels | None) -> None:
         """Draw on another layer, or on none; its paint stays untrained on until it is marked."""

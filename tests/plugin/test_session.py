@@ -218,6 +218,20 @@ def painted(labels: np.ndarray) -> list[int]:
     return np.flatnonzero(labels.any(axis=(1, 2))).tolist()
 
 
+def test_restored_work_is_what_is_saved_also_after_a_scribble(session, open_again):
+    for z in (0, 1, 2):
+        paint(session, z)
+    session.flush()
+    again = open_again()
+    again.new_labels()
+    paint(again, 3)
+    again.flush()
+    again.saved.restore()
+    again.close()
+    last = open_again()
+    assert painted(last.saved.offer.labels) == [0, 1, 2]
+
+
 def test_two_windows_on_one_volume_replace_nothing_of_each_other(session, open_again, plugin_home):
     other = open_again()
     other.new_labels()
