@@ -51,11 +51,10 @@ class SavedWork:
 
     def look(self) -> None:
         """Offer what is saved of the volume."""
-        if self.autosave.sidecar is not None:
-            try:
-                self.offer = self.autosave.sidecar.load()
-            except UserError as error:
-                self._session.warned.emit(str(error))
+        try:
+            self.offer = self.autosave.load()
+        except UserError as error:
+            self._session.warned.emit(str(error))
 
     @property
     def spacing(self) -> tuple[float, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,7 @@ from napari_kaf._marking import mark
 from napari_kaf._runs import Run
 from napari_kaf._session import Session, session_for
 from napari_kaf._sidecar import Sidecar
+from napari_kaf._snapshot import take_snapshot
 
 SHAPE = (4, 12, 16)
 
@@ -165,6 +167,7 @@ def test_strokes_are_saved_within_seconds_and_come_back_after_a_crash(session, v
     paint(session, 2)
     mark(session, Cell.COMPLETE, [2])
     add_class(session, "valve")
+    session.saved.autosave.wait()  # the paint
     session.poll()
     session.saved.autosave.wait()
     # The program is killed here: nothing is told to the session. Another one opens the same volume.
@@ -264,6 +267,61 @@ def test_a_recut_goes_on_in_the_same_file(session, plugin_home):
     session.recut(0)
     session.flush()
     assert len(list((plugin_home / "labels").glob("*.npz"))) == 1
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A disk that writes nothing until it is let."""
+    let = threading.Event()
+    write = Sidecar._write
+    monkeypatch.setattr(
+        Sidecar, "_write", lambda *arguments: write(*arguments) if let.wait(20) else pytest.fail("never let")
+    )
+    yield let
+    let.set()
+
+
+def test_nothing_waits_for_the_disk_but_what_ends(session, viewer, slow_disk, monkeypatch):
+    monkeypatch.setattr(_autosave, "SAVE_AFTER", 0.0)
+    first, drawn = session.opened.layer, session.labels
+    paint(session, 1)  # begins to save
+    paint(session, 2)
+    mark(session, Cell.COMPLETE, [1])
+    assert take_snapshot(session).statuses == {1: "complete", 2: "partial"}
+    second = Volume.from_array(session.opened.volume.array + 1, (8, 1.5, 1.5), name="second")
+    session.choose_volume(_layers.add_volume(viewer, second, "second"))
+    assert not slow_disk.is_set()
+    slow_disk.set()
+    session.flush()
+    session.choose_volume(first)
+    assert session.labels is drawn
+    assert painted(session.saved.autosave.load().labels) == [1, 2]
+
+
+def test_of_a_deleted_layer_the_last_strokes_are_offered(session, viewer, slow_disk):
+    paint(session, 1)
+    session.save()
+    paint(session, 2)
+    viewer.layers.remove(session.labels)
+    threading.Timer(0.2, slow_disk.set).start()
+    session.poll()
+    assert painted(session.saved.offer.labels) == [1, 2]
+
+
+def test_what_could_not_be_saved_is_written_after_another_volume_was_chosen(session, viewer, monkeypatch):
+    said = []
+    session.warned.connect(said.append)
+    first = session.saved.autosave.sidecar
+    paint(session, 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(Sidecar, "_write", _full)
+        second = Volume.from_array(session.opened.volume.array + 1, (8, 1.5, 1.5), name="second")
+        session.choose_volume(_layers.add_volume(viewer, second, "second"))
+        session.saved.autosave.wait()
+    session.poll()
+    assert "No space left" in said[0]
+    session.flush()
+    assert painted(first.load().labels) == [1]
 
 
 def test_saving_takes_less_than_the_promised_ten_seconds():
