@@ -8,6 +8,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from qtpy.QtCore import Qt
+from qtpy.QtWidgets import QFileDialog
 
 from kaf_model.errors import UserError
 from napari_kaf import _layers
@@ -197,6 +199,36 @@ def test_an_empty_folder_is_answered(open_panel, tmp_path, qtbot, notifications)
     assert "holds no volume" in notifications[-1]
     panel.row.button.click()
     assert "no volume to pretrain on" in notifications[-1]
+
+
+def test_a_folder_can_be_chosen_again_after_a_failure(
+    open_panel, small_heart, qtbot, notifications, monkeypatch
+):
+    _viewer, panel = open_panel("Pretrain")
+    panel.session.set_busy("Finetuning")
+    panel.folder.set_path(small_heart.parent)
+    assert "Finetuning is running" in notifications[-1]
+    panel.session.set_busy("")
+    monkeypatch.setattr(QFileDialog, "getExistingDirectory", lambda *_: str(small_heart.parent))
+    panel.folder.browse.click()
+    finish(panel, qtbot)
+    assert "1 usable volume" in panel.found.text()
+
+
+def test_a_folder_is_looked_into_again_by_enter_and_not_by_leaving_it(
+    open_panel, tmp_path, qtbot, notifications
+):
+    _viewer, panel = open_panel("Pretrain")
+    (tmp_path / "empty").mkdir()
+    panel.folder.set_path(tmp_path / "empty")
+    finish(panel, qtbot)
+    assert len(notifications) == 1
+    panel.folder.line.editingFinished.emit()
+    assert not panel.session.busy
+    qtbot.keyClick(panel.folder.line, Qt.Key.Key_Return)
+    finish(panel, qtbot)
+    assert len(notifications) == 2
+    assert "holds no volume" in notifications[1]
 
 
 def test_pretrain_cancel_resume_finish(pretrain_panel, qtbot, notifications):
