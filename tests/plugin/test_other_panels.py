@@ -46,6 +46,17 @@ def finish(panel, qtbot) -> None:
     qtbot.waitUntil(lambda: not panel.session.busy, timeout=300_000)
 
 
+def test_a_message_is_shown_once_whatever_panels_are_open(open_panel, notifications):
+    viewer, first = open_panel("Pretrain")
+    viewer.window.add_plugin_dock_widget("napari-kaf", "Segment")
+    first.session.told.emit("cut along another axis")
+    first.session.warned.emit("no space left")
+    assert notifications == ["cut along another axis", "no space left"]
+    viewer.window.remove_dock_widget(first)
+    first.session.told.emit("deleted")
+    assert notifications[2:] == ["deleted"]
+
+
 def test_segment_without_a_model_says_so(open_panel, notifications):
     _viewer, panel = open_panel("Segment")
     panel.row.button.click()
