@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
+import weakref
+from dataclasses import dataclass
 
 from kaf_model.errors import UserError
-from napari_kaf._sidecar import Sidecar, Snapshot
+from napari_kaf._sidecar import Sidecar, Snapshot, new_owner
 
 SAVE_AFTER = 3.0  # seconds from the first unsaved change
 _RETRY_AFTER = 30.0  # seconds from a failure
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """What is to be written."""
+
+    sidecar: Sidecar
+    snapshot: Snapshot
+    replaces: tuple[str, str] | None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.sidecar.key, self.snapshot.owner
 
 
 class Autosave:
@@ -22,9 +36,13 @@ class Autosave:
 
     def __init__(self) -> None:
         self.sidecar: Sidecar | None = None
-        self._owners: dict[str, object] = {}  # whose labels the sidecar of a volume holds
+        self._owners: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
+        self._restored: dict[str, tuple[str, str]] = {}  # versions that owners go on from
         self._due: float | None = None
+        self._unwritten: dict[tuple[str, str], _Work] = {}
+        self._lock = threading.Lock()  # of what is unwritten
         self._thread: threading.Thread | None = None
+        self._not_before = 0.0
         self._messages: list[str] = []
         self._told: set[str] = set()
 
@@ -48,45 +66,105 @@ class Autosave:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to save."""
-        return self._due is not None and time.monotonic() >= self._due
+        """Whether it is time to save; never while something is being written."""
+        return self._due is not None and time.monotonic() >= self._due and self._may_write
 
-    def owned_by(self, owner: object) -> None:
-        """Take in that the file holds the labels of this layer, so that it may be replaced by them."""
-        assert self.sidecar is not None
-        self._owners[self.sidecar.key] = owner
+    def owner(self, layer: object) -> str:
+        """Token of who draws on a layer."""
+        return self._owners.setdefault(layer, new_owner())
 
-    def save(self, snapshot: Snapshot, owner: object) -> None:
-        """Write in the background; what the file holds of another layer or session is set aside first."""
+    def inherit(self, layer: object, former: object) -> None:
+        """Take in that a layer goes on from another of this session."""
+        self._owners[layer] = self.owner(former)
+
+    def restored(self, layer: object, saved: Snapshot) -> None:
+        """Take in that a layer goes on from saved work, so that it may replace it."""
+        self._restored[self.owner(layer)] = saved.version
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write in the background, after what is being written."""
         if self.sidecar is None:
             return
-        self.wait()
         self._due = None
-        if self._owners.get(self.sidecar.key) is not owner:
-            self.sidecar.set_aside()
-            self.owned_by(owner)
-        self._thread = threading.Thread(target=self._write, args=(self.sidecar, snapshot))
-        self._thread.start()
+        work = _Work(self.sidecar, snapshot, self._restored.get(snapshot.owner))
+        with self._lock:
+            self._unwritten.pop(work.key, None)
+            self._unwritten[work.key] = work
+        if not self._writing:
+            self._start()
+
+    def go_on(self) -> None:
+        """Write what came while something else was written, or could not be written before."""
+        if self._unwritten and self._may_write:
+            self._start()
 
     def wait(self) -> None:
-        """Wait for what is being written."""
-        if self._thread is not None:
-            self._thread.join()
+        """Write what is left, and wait for it."""
+        self._join()
+        if self._unwritten:
+            self._start()
+            self._join()
+
+    def load(self) -> Snapshot | None:
+        """What is saved of the volume; what is being written of it is waited for.
+
+        Raises:
+            UserError: If a file is there but broken.
+        """
+        if self.sidecar is None:
+            return None
+        with self._lock:
+            written = all(key != self.sidecar.key for key, _owner in self._unwritten)
+        if not written:
+            self.wait()
+        return self.sidecar.load()
 
     def messages(self) -> list[str]:
         """What has to be told since the last call, each thing once."""
-        new = [message for message in dict.fromkeys(self._messages) if message not in self._told]
-        self._messages.clear()
-        self._told.update(new)
+        new = []
+        while self._messages:  # the thread may add some
+            message = self._messages.pop(0)
+            if message not in self._told:
+                self._told.add(message)
+                new.append(message)
         return new
 
-    def _write(self, sidecar: Sidecar, snapshot: Snapshot) -> None:
+    @property
+    def _writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def _may_write(self) -> bool:
+        return not self._writing and time.monotonic() >= self._not_before
+
+    def _start(self) -> None:
+        self._not_before = time.monotonic() + _RETRY_AFTER
+        with self._lock:
+            works = list(self._unwritten.values())
+        self._thread = threading.Thread(target=self._write, args=(works,))
+        self._thread.start()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self, works: list[_Work]) -> None:
+        written = [self._write_one(work) for work in works]
+        if all(written):
+            self._not_before = 0.0
+
+    def _write_one(self, work: _Work) -> bool:
         try:
-            path = sidecar.save(snapshot)
+            saved = work.sidecar.save(work.snapshot, work.replaces)
         except UserError as error:
             self._messages.append(str(error))
-            self._due = time.monotonic() + _RETRY_AFTER
-            return
-        wanted: Path | None = sidecar.wanted_folder
-        if wanted is not None and path.parent != wanted:
-            self._messages.append(f"{wanted} cannot be written; the labels are saved as {path}")
+            return False
+        with self._lock:
+            if self._unwritten.get(work.key) is work:
+                del self._unwritten[work.key]
+        wanted = work.sidecar.wanted_folder
+        if wanted is not None and saved.path.parent != wanted:
+            self._messages.append(f"{wanted} cannot be written; the labels are saved as {saved.path}")
+        if saved.set_aside is not None:
+            self._messages.append(f"{saved.path} held other work, which is kept as {saved.set_aside.name}")
+        return True

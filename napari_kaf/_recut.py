@@ -35,6 +35,7 @@ def recut(session: Session, slice_axis: int) -> None:
         cut, of_result = (volume.to_volume(old.volume.to_stored(part)) for part in both)
         new = _layers.add_labels(viewer, session.opened, classes, cut.copy())
         new.name = layer.name
+        session.saved.autosave.inherit(new, layer)
         states = recut_states(ledger.states, cut, of_result)
         session.take_over(new, Ledger(len(cut), states), classes, chosen=layer is drawn_on)
 

@@ -51,11 +51,10 @@ class SavedWork:
 
     def look(self) -> None:
         """Offer what is saved of the volume."""
-        if self.autosave.sidecar is not None:
-            try:
-                self.offer = self.autosave.sidecar.load()
-            except UserError as error:
-                self._session.warned.emit(str(error))
+        try:
+            self.offer = self.autosave.load()
+        except UserError as error:
+            self._session.warned.emit(str(error))
 
     @property
     def spacing(self) -> tuple[float, ...] | None:
@@ -74,14 +73,16 @@ class SavedWork:
         if offer.slice_axis is not None and offer.slice_axis != session.opened.volume.source.axes[0]:
             session.recut(offer.slice_axis)
         layer = _layers.add_labels(session.viewer, session.opened, offer.classes, offer.labels.copy())
+        self.autosave.restored(layer, offer)
         session.take_over(layer, Ledger(len(offer.states), offer.states), list(offer.classes), chosen=True)
         session.offer_changed.emit()
 
     def decline(self) -> None:
         """Start afresh; the saved work is renamed, not deleted."""
         assert self.autosave.sidecar is not None
+        assert self.offer is not None
+        self.autosave.sidecar.decline(self.offer.saved)
         self.offer = None
-        self.autosave.sidecar.set_aside()
         self._session.offer_changed.emit()
 
     def save(self) -> None:
@@ -95,5 +96,6 @@ class SavedWork:
             tuple(session.classes),
             self._spacings.get(self.volume_key),
             session.opened.volume.source.axes[0],
+            owner=self.autosave.owner(session.labels),
         )
-        self.autosave.save(snapshot, session.labels)
+        self.autosave.save(snapshot)

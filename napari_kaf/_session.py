@@ -90,7 +90,7 @@ class Session:
         """
         if self.opened is not None and layer is self.opened.layer:
             return
-        self.flush()
+        self.save()
         self._leave_labels()
         self.opened = None
         self.saved.follow(None)
@@ -149,8 +149,8 @@ class Session:
         self._ledgers[layer] = (ledger, classes)
         if chosen:
             self.choose_labels(layer)
-            self.saved.autosave.owned_by(layer)
             self.saved.offer = None
+            self._changed()
 
     def choose_labels(self, layer: Labels | None) -> None:
         """Draw on another layer, or on none; its paint stays untrained on until it is marked.
@@ -159,7 +159,7 @@ class Session:
         """
         if layer is not None and layer is self.labels:
             return
-        self.flush()
+        self.save()
         self._leave_labels()
         self.labels = layer
         self.classes = []
@@ -226,15 +226,20 @@ class Session:
             self._compare_labels()
         if self.saved.autosave.due:
             self.saved.save()
+        self.saved.autosave.go_on()
         for message in self.saved.autosave.messages():
             self.warned.emit(message)
 
-    def flush(self) -> None:
-        """Save now whatever is not saved, and wait for it."""
+    def save(self) -> None:
+        """Save now whatever is not saved, in the background."""
         if self.labels is not None and self._viewer() is not None:
             self._compare_labels()
         if self.saved.autosave.pending:
             self.saved.save()
+
+    def flush(self) -> None:
+        """Save now whatever is not saved, and wait for it."""
+        self.save()
         self.saved.autosave.wait()
 
     def close(self) -> None:

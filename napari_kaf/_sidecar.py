@@ -1,16 +1,22 @@
 """Labels, ledger and class names beside the volume, so that nothing drawn is lost, even after a crash.
 
-The file `NAME.kaf-labels.npz` holds the labels and a JSON header. It is replaced in one step. Where the
-volume's folder cannot be written, the plugin's own folder is used and named.
+The file `NAME.kaf-labels.npz` holds the labels and a JSON header. It is replaced in one step, by whoever
+wrote it; what somebody else wrote is set aside under a name of its own first. A volume whose name is taken
+by another one has its checksum added to the name. Where the volume's folder cannot be written, the
+plugin's own folder is used and named.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import re
+import threading
+import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +32,14 @@ from napari_kaf._paths import data_folder
 _FORMAT = 1
 _MOST_VOXELS = 2e7  # of a larger volume some voxels are enough to know it again
 _ENDING = ".kaf-labels.npz"
+_OWNER_LETTERS = 12
+_SET_ASIDE = re.compile(rf"\.(\d{{8}}-\d{{6}}-\d{{6}}|[0-9a-f]{{{_OWNER_LETTERS}}}){re.escape(_ENDING)}$")
+_replacing = threading.Lock()  # two viewers may save the same volume at the same moment
+
+
+def new_owner() -> str:
+    """A token for one who writes."""
+    return uuid.uuid4().hex[:_OWNER_LETTERS]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +53,7 @@ class Snapshot:
         spacing: mm (z, y, x) if the user had to give it, else None.
         slice_axis: The stored axis of the volume that Z runs along, if it is known.
         saved: When, ISO 8601.
+        owner: Token of who drew it.
     """
 
     labels: NDArray[np.integer[Any]]
@@ -47,11 +62,30 @@ class Snapshot:
     spacing: tuple[float, ...] | None = None
     slice_axis: int | None = None
     saved: str = ""
+    owner: str = ""
+
+    @property
+    def version(self) -> tuple[str, str]:
+        """Tells this very work from what its owner or others saved before or after."""
+        return self.owner, self.saved
 
     @property
     def num_marked(self) -> int:
         """Slices that are not untouched."""
         return sum(state is not Cell.UNTOUCHED for state in self.states)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What saving did.
+
+    Attributes:
+        path: The file that was written.
+        set_aside: Where the work of somebody else that it held is now, or None.
+    """
+
+    path: Path
+    set_aside: Path | None
 
 
 class Sidecar:
@@ -69,10 +103,9 @@ class Sidecar:
         self.fingerprint = f"{'x'.join(map(str, voxels.shape))}-{zlib.crc32(some.data):08x}"
         safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
         self.key = f"{safe}-{self.fingerprint.rpartition('-')[2]}"
-        self._fallback = data_folder() / "labels" / f"{self.key}{_ENDING}"
-        self._places = (
-            [self._fallback] if source is None else [source.parent / f"{safe}{_ENDING}", self._fallback]
-        )
+        fallback = data_folder() / "labels" / f"{self.key}{_ENDING}"
+        beside = [] if source is None else [source.parent / f"{name}{_ENDING}" for name in (safe, self.key)]
+        self._places = [*beside, fallback]
 
     @property
     def wanted_folder(self) -> Path | None:
@@ -82,48 +115,91 @@ class Sidecar:
     def load(self) -> Snapshot | None:
         """Return what was kept of this very volume, the newest if there are several; None if nothing.
 
+        What was set aside counts where there is nothing else.
+
         Raises:
             UserError: If a file is there but broken; it is left where it is.
         """
-        snapshots = [self._load(path) for path in self._places if path.is_file()]
-        return max(filter(None, snapshots), key=lambda snapshot: snapshot.saved, default=None)
+        found = self._in_place() or self._set_aside()
+        return self._load(max(found, key=lambda path: found[path])) if found else None
 
-    def save(self, snapshot: Snapshot) -> Path:
-        """Write to the first place that can be written.
+    def save(self, snapshot: Snapshot, replaces: tuple[str, str] | None = None) -> Saved:
+        """Write to the first place that can be written and is not taken by another volume.
+
+        Args:
+            snapshot: The work.
+            replaces: Version of the work that was restored, and that this one goes on from.
 
         Raises:
             UserError: If no place can be.
         """
         reasons = []
-        for place in self._places:
+        *beside, fallback = self._places
+        free = [place for place in beside if not self._is_taken(place)]
+        for place in [*free[:1], fallback]:
             try:
-                self._write(place, snapshot)
+                return Saved(place, self._write(place, snapshot, replaces))
             except OSError as error:
                 reasons.append(f"{place.parent}: {error.strerror}")
-            else:
-                return place
         raise UserError(
             f"the labels cannot be saved ({'; '.join(reasons)}); export them to another place now"
         )
 
-    def set_aside(self) -> list[Path]:
-        """Rename what is there, so that it is kept and not offered again; returns the new names."""
-        kept = []
-        for place in self._places:
-            if place.is_file():
-                stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-                target = place.with_name(place.name.replace(_ENDING, f".{stamp}{_ENDING}"))
-                try:
-                    os.replace(place, target)
-                except OSError:
-                    continue  # a folder that is only read keeps its file anyway
-                kept.append(target)
-        return kept
+    def decline(self, until: str) -> None:
+        """Rename what was saved up to a moment, so that it is kept and not offered again."""
+        for path, saved in [*self._in_place().items(), *self._set_aside().items()]:
+            if saved <= until:
+                name = f"{path.name.removesuffix(_ENDING)}.declined-{_stamp()}{_ENDING}"
+                with contextlib.suppress(OSError):  # a folder that is only read keeps its file anyway
+                    os.replace(path, path.with_name(name))
 
-    def _write(self, path: Path, snapshot: Snapshot) -> None:
+    def _in_place(self) -> dict[Path, str]:
+        """The files of this volume, and when they were saved."""
+        headers = {path: _header(path) for path in self._places if path.is_file()}
+        return {path: header.saved for path, header in headers.items() if self._fits(header)}
+
+    def _set_aside(self) -> dict[Path, str]:
+        """The files of this volume that were set aside, and when they were saved."""
+        found = {}
+        for place in self._places:
+            name = place.name.removesuffix(_ENDING)
+            for path in place.parent.glob(f"{name}.*{_ENDING}"):
+                if _SET_ASIDE.fullmatch(path.name, len(name)):
+                    with contextlib.suppress(UserError):  # damaged
+                        header = _header(path)
+                        if self._fits(header):
+                            found[path] = header.saved
+        return found
+
+    def _fits(self, header: _Header) -> bool:
+        return header.fingerprint == self.fingerprint
+
+    def _is_taken(self, place: Path) -> bool:
+        """Whether another volume of this name has its work there."""
+        with contextlib.suppress(UserError):
+            return place.is_file() and not self._fits(_header(place))
+        return False
+
+    def _make_room(self, path: Path, owner: str, replaces: tuple[str, str] | None) -> Path | None:
+        """Set aside what a file holds, unless the owner wrote or restored it; returns where it is then."""
+        if not path.is_file():
+            return None
+        holder = ""
+        with contextlib.suppress(UserError):
+            header = _header(path)
+            holder = header.owner
+            known = holder == owner != "" or (holder, header.saved) == replaces
+            if known and self._fits(header):
+                return None
+        target = path.with_name(f"{path.name.removesuffix(_ENDING)}.{holder or _stamp()}{_ENDING}")
+        os.replace(path, target)
+        return target
+
+    def _write(self, path: Path, snapshot: Snapshot, replaces: tuple[str, str] | None) -> Path | None:
         header = {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
+            "owner": snapshot.owner,
             "saved": datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"),
             "states": [str(state) for state in snapshot.states],
             "classes": [[entry.value, entry.name, list(entry.color)] for entry in snapshot.classes],
@@ -131,35 +207,62 @@ class Sidecar:
             "slice_axis": snapshot.slice_axis,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with open(temporary, "wb") as file:
                 np.savez_compressed(file, labels=snapshot.labels, header=np.array(json.dumps(header)))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with _replacing:
+                set_aside = self._make_room(path, snapshot.owner, replaces)
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+        return set_aside
 
-    def _load(self, path: Path) -> Snapshot | None:
-        try:
-            with np.load(path, allow_pickle=False) as content:
-                header: dict[str, Any] = json.loads(str(content["header"]))
-                if header["fingerprint"] != self.fingerprint:
-                    return None  # another volume of this name lay here
-                labels = content["labels"]
+    def _load(self, path: Path) -> Snapshot:
+        with _archive(path) as content:
+            header = json.loads(str(content["header"]))
             return Snapshot(
-                labels=labels,
+                labels=content["labels"],
                 states=tuple(Cell(state) for state in header["states"]),
                 classes=tuple(ClassEntry(v, n, _color(color)) for v, n, color in header["classes"]),
                 spacing=tuple(header["spacing"]) if header["spacing"] else None,
                 slice_axis=header["slice_axis"],
                 saved=header["saved"],
+                owner=header.get("owner", ""),
             )
-        except Exception as error:  # a broken archive raises nearly anything
-            raise UserError(
-                f"{path} holds saved labels but is damaged ({error}); it is left as it is"
-            ) from error
+
+
+@dataclass(frozen=True)
+class _Header:
+    fingerprint: str
+    saved: str
+    owner: str
+
+
+def _header(path: Path) -> _Header:
+    with _archive(path) as content:
+        header = json.loads(str(content["header"]))
+        return _Header(header["fingerprint"], header["saved"], header.get("owner", ""))
+
+
+@contextlib.contextmanager
+def _archive(path: Path) -> Iterator[Any]:
+    """A file that was saved.
+
+    Raises:
+        UserError: If it is broken.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            yield content
+    except Exception as error:  # a broken archive raises nearly anything
+        raise UserError(f"{path} holds saved labels but is damaged ({error}); it is left as it is") from error
+
+
+def _stamp() -> str:
+    return datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
 
 
 def _color(values: Sequence[float]) -> tuple[float, float, float, float]:

@@ -44,7 +44,7 @@ def take_snapshot(session: Session) -> Snapshot:
         raise UserError("there is no volume to work on; open one first")
     if session.labels is None:
         raise UserError("there is no label layer; click New labels and paint a structure first")
-    session.flush()  # nothing that was drawn may depend on how the work ends
+    session.save()  # nothing that was drawn may depend on how the work ends
     statuses, volume = session.ledger.training(), session.opened.volume
     if not statuses:
         raise UserError(

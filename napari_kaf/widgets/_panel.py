@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeGuard, TypeVar
 
-from napari.utils.notifications import show_error, show_info, show_warning
+from napari.utils.notifications import show_error
 from qtpy.QtCore import QEvent, QObject, Qt
 from qtpy.QtGui import QKeyEvent
 from qtpy.QtWidgets import (
@@ -100,8 +100,6 @@ class Panel(QScrollArea):
         keep_polling(self.session)
         self.life = Life(self.session)
         self.destroyed.connect(self.life.end)
-        self.life.listen(self.session.told, show_info)
-        self.life.listen(self.session.warned, show_warning)
         self._docked = False
         self._came_from: QWidget | None = None
         self.setWidgetResizable(True)

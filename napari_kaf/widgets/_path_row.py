@@ -32,7 +32,8 @@ class FolderRow(QWidget):
         row.addWidget(self.line, 1)
         row.addWidget(self.browse)
         self._told = ""
-        self.line.editingFinished.connect(self._tell)
+        self.line.returnPressed.connect(self._tell)
+        self.line.editingFinished.connect(self._left)
         self.browse.clicked.connect(self._choose)
 
     @property
@@ -42,14 +43,17 @@ class FolderRow(QWidget):
         return Path(text).expanduser() if text else None
 
     def set_path(self, path: Path) -> None:
-        """Fill in a folder."""
+        """Choose a folder, also the one that is chosen already."""
         self.line.setText(str(path))
         self._tell()
 
     def _tell(self) -> None:
-        if self.line.text() != self._told:  # leaving the line without a change is none
-            self._told = self.line.text()
-            self.changed.emit()
+        self._told = self.line.text()
+        self.changed.emit()
+
+    def _left(self) -> None:
+        if self.line.text() != self._told:  # leaving the line without a change chooses nothing
+            self._tell()
 
     def _choose(self, *_: Any) -> None:
         start = str(self.path or Path.home())

@@ -100,7 +100,7 @@ class ResultSection(QWidget):
             raise UserError("there are no labels to export; create a label layer first")
         if session.opened.path is not None and path.resolve() == session.opened.path.resolve():
             raise UserError("that is the file of the volume itself; choose another name")
-        session.flush()
+        session.save()
         differences = write_and_compare(path, _layers.stack(session.labels), session.opened.volume)
         told = "; ".join(differences) or "same grid as source"
         say(self.status, f"{path.name}: {told}")

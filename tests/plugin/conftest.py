@@ -32,10 +32,11 @@ def truth() -> np.ndarray:
 @pytest.fixture
 def notifications(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is shown to the user, in place of pop-ups."""
+    from napari_kaf import _pulse
     from napari_kaf.widgets import _job_row, _panel, _propagate_section, _result_section, _training_section
 
     shown: list[str] = []
-    for module in (_panel, _training_section, _propagate_section, _result_section, _job_row):
+    for module in (_pulse, _panel, _training_section, _propagate_section, _result_section, _job_row):
         for name in ("show_error", "show_info", "show_warning"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, shown.append)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from kaf_model.errors import UserError
 from napari_kaf._classes import ClassEntry
 from napari_kaf._ledger import Cell, Ledger
 from napari_kaf._recut import recut_states
-from napari_kaf._sidecar import Sidecar, Snapshot
+from napari_kaf._sidecar import Sidecar, Snapshot, new_owner
 
 CLASSES = (ClassEntry(1, "left ventricle", (0.9, 0.6, 0.0, 1.0)),)
 
@@ -74,7 +76,7 @@ def snapshot(voxels) -> Snapshot:
 
 def test_saved_work_comes_back_whole(tmp_path, plugin_home, voxels, snapshot):
     source = tmp_path / "scan.nii.gz"
-    path = Sidecar(source, "scan", voxels).save(snapshot)
+    path = Sidecar(source, "scan", voxels).save(snapshot).path
     assert path == tmp_path / "scan.kaf-labels.npz"
     back = Sidecar(source, "scan", voxels).load()
     np.testing.assert_array_equal(back.labels, snapshot.labels)
@@ -89,7 +91,7 @@ def test_another_volume_of_the_same_name_is_not_offered_it(tmp_path, plugin_home
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, plugin_home, voxels, snapshot, monkeypatch):
     sidecar = Sidecar(tmp_path / "scan.nii.gz", "scan", voxels)
-    path = sidecar.save(snapshot)
+    path = sidecar.save(snapshot).path
     before = path.read_bytes()
     monkeypatch.setattr(np, "savez_compressed", _half_a_file)
     with pytest.raises(KeyboardInterrupt):
@@ -101,17 +103,74 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, plugin_home, voxels
 def test_a_folder_that_cannot_be_written_is_passed_over(tmp_path, plugin_home, voxels, snapshot):
     (tmp_path / "file").write_text("no folder")
     sidecar = Sidecar(tmp_path / "file" / "scan.nii.gz", "scan", voxels)
-    path = sidecar.save(snapshot)
+    path = sidecar.save(snapshot).path
     assert path.parent == plugin_home / "labels"
     assert sidecar.load() is not None
 
 
-def test_setting_aside_keeps_the_work_under_another_name(tmp_path, plugin_home, voxels, snapshot):
+def test_declined_work_is_kept_under_another_name(tmp_path, plugin_home, voxels, snapshot):
     sidecar = Sidecar(tmp_path / "scan.nii.gz", "scan", voxels)
-    sidecar.save(snapshot)
-    (kept,) = sidecar.set_aside()
-    assert kept.is_file()
+    path = sidecar.save(snapshot).path
+    sidecar.decline(sidecar.load().saved)
+    assert not path.is_file()
+    assert len(list(tmp_path.glob("scan.declined-*.npz"))) == 1
     assert sidecar.load() is None
+
+
+def test_volumes_of_one_name_keep_their_work_apart(tmp_path, plugin_home, voxels, snapshot):
+    one, other = (Sidecar(tmp_path / "scan.nii.gz", "scan", array) for array in (voxels, voxels + 1))
+    for sidecar, owner, value in ((one, "a", 1), (other, "b", 2), (one, "a", 3)):
+        sidecar.save(replace(snapshot, labels=np.full_like(snapshot.labels, value), owner=owner))
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+    assert [sidecar.load().labels.max() for sidecar in (one, other)] == [3, 2]
+
+
+def test_what_somebody_else_saved_is_set_aside(tmp_path, plugin_home, voxels, snapshot):
+    sidecar = Sidecar(tmp_path / "scan.nii.gz", "scan", voxels)
+    one, other = (replace(snapshot, owner=new_owner()) for _ in range(2))
+    assert sidecar.save(one).set_aside is None
+    assert sidecar.save(one).set_aside is None
+    kept = sidecar.save(other).set_aside
+    assert kept == tmp_path / f"scan.{one.owner}.kaf-labels.npz"
+    assert sidecar.load().owner == other.owner
+    assert sidecar.save(one).set_aside == tmp_path / f"scan.{other.owner}.kaf-labels.npz"
+
+
+def test_restored_work_is_replaced_and_not_what_was_saved_since(tmp_path, plugin_home, voxels, snapshot):
+    sidecar = Sidecar(tmp_path / "scan.nii.gz", "scan", voxels)
+    sidecar.save(replace(snapshot, owner=new_owner()))
+    offer = sidecar.load()
+    one, other = (replace(snapshot, owner=new_owner()) for _ in range(2))
+    assert sidecar.save(one, offer.version).set_aside is None
+    assert sidecar.save(other, offer.version).set_aside is not None
+
+
+def test_work_that_was_set_aside_is_offered_where_there_is_nothing_else(
+    tmp_path, plugin_home, voxels, snapshot
+):
+    sidecar = Sidecar(tmp_path / "scan.nii.gz", "scan", voxels)
+    owners = [new_owner() for _ in range(3)]
+    *_, last = [sidecar.save(replace(snapshot, owner=owner)) for owner in owners]
+    last.path.write_bytes(Sidecar(None, "other", voxels + 1).save(snapshot).path.read_bytes())
+    assert sidecar.load().owner == owners[1]
+    last.path.unlink()
+    assert sidecar.load().owner == owners[1]
+    sidecar.decline(sidecar.load().saved)
+    assert sidecar.load() is None
+
+
+def test_a_file_without_owner_is_offered_and_set_aside(tmp_path, plugin_home, voxels, snapshot):
+    sidecar = Sidecar(tmp_path / "scan.nii.gz", "scan", voxels)
+    path = sidecar.save(snapshot).path
+    with np.load(path) as content:
+        labels, header = content["labels"], json.loads(str(content["header"]))
+    del header["owner"]
+    np.savez_compressed(path, labels=labels, header=np.array(json.dumps(header)))
+    assert sidecar.load().owner == ""
+    kept = sidecar.save(replace(snapshot, owner=new_owner())).set_aside
+    path.unlink()
+    assert kept.is_file()
+    assert sidecar.load().saved == header["saved"]
 
 
 def test_a_damaged_file_is_named_and_left(tmp_path, plugin_home, voxels):
@@ -129,7 +188,7 @@ def _half_a_file(file, **_arrays) -> None:
 
 
 def test_paths_are_made(tmp_path: Path, plugin_home, voxels, snapshot):
-    path = Sidecar(None, "an array/with odd: name", voxels).save(snapshot)
+    path = Sidecar(None, "an array/with odd: name", voxels).save(snapshot).path
     assert path.is_relative_to(plugin_home)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from qtpy.QtCore import Qt
+from qtpy.QtWidgets import QFileDialog
 
 from kaf_model.errors import UserError
 from kaf_model.evaluate import ClassScore, Scores
@@ -50,6 +52,17 @@ def model(tmp_path_factory) -> Path:
 
 def finish(panel, qtbot) -> None:
     qtbot.waitUntil(lambda: not panel.session.busy, timeout=300_000)
+
+
+def test_a_message_is_shown_once_whatever_panels_are_open(open_panel, notifications):
+    viewer, first = open_panel("Pretrain")
+    viewer.window.add_plugin_dock_widget("napari-kaf", "Segment")
+    first.session.told.emit("cut along another axis")
+    first.session.warned.emit("no space left")
+    assert notifications == ["cut along another axis", "no space left"]
+    viewer.window.remove_dock_widget(first)
+    first.session.told.emit("deleted")
+    assert notifications[2:] == ["deleted"]
 
 
 def test_segment_without_a_model_says_so(open_panel, notifications):
@@ -272,6 +285,36 @@ def test_an_empty_folder_is_answered(open_panel, tmp_path, qtbot, notifications)
     assert "holds no volume" in notifications[-1]
     panel.row.button.click()
     assert "no volume to pretrain on" in notifications[-1]
+
+
+def test_a_folder_can_be_chosen_again_after_a_failure(
+    open_panel, small_heart, qtbot, notifications, monkeypatch
+):
+    _viewer, panel = open_panel("Pretrain")
+    panel.session.set_busy("Finetuning")
+    panel.folder.set_path(small_heart.parent)
+    assert "Finetuning is running" in notifications[-1]
+    panel.session.set_busy("")
+    monkeypatch.setattr(QFileDialog, "getExistingDirectory", lambda *_: str(small_heart.parent))
+    panel.folder.browse.click()
+    finish(panel, qtbot)
+    assert "1 usable volume" in panel.found.text()
+
+
+def test_a_folder_is_looked_into_again_by_enter_and_not_by_leaving_it(
+    open_panel, tmp_path, qtbot, notifications
+):
+    _viewer, panel = open_panel("Pretrain")
+    (tmp_path / "empty").mkdir()
+    panel.folder.set_path(tmp_path / "empty")
+    finish(panel, qtbot)
+    assert len(notifications) == 1
+    panel.folder.line.editingFinished.emit()
+    assert not panel.session.busy
+    qtbot.keyClick(panel.folder.line, Qt.Key.Key_Return)
+    finish(panel, qtbot)
+    assert len(notifications) == 2
+    assert "holds no volume" in notifications[1]
 
 
 def test_pretrain_cancel_resume_finish(pretrain_panel, qtbot, notifications):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import dask.array as da
@@ -21,6 +23,8 @@ from napari_kaf._marking import mark
 from napari_kaf._reader import read_layers
 from napari_kaf._runs import Run
 from napari_kaf._session import Session, session_for
+from napari_kaf._sidecar import Sidecar
+from napari_kaf._snapshot import take_snapshot
 from napari_kaf._writer import write_labels_layer
 
 SHAPE = (4, 12, 16)
@@ -88,6 +92,10 @@ def test_a_painted_class_is_not_removed(session):
     add_class(session, "valve")
     remove_class(session, 2)
     assert [entry.value for entry in session.classes] == [1]
+
+
+def _full(*_arguments: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def give_result(session: Session, value: int = 1) -> np.ndarray:
@@ -281,6 +289,7 @@ def test_strokes_are_saved_within_seconds_and_come_back_after_a_crash(session, v
     paint(session, 2)
     mark(session, Cell.COMPLETE, [2])
     add_class(session, "valve")
+    session.saved.autosave.wait()  # the paint
     session.poll()
     session.saved.autosave.wait()
     # The program is killed here: nothing is told to the session. Another one opens the same volume.
@@ -312,6 +321,129 @@ def test_work_that_was_not_restored_is_set_aside_before_it_is_overwritten(sessio
     kept = list((plugin_home / "labels").glob("*.npz"))
     assert len(kept) == 2
     again.close()
+
+
+@pytest.fixture
+def open_again(session) -> Callable[[], Session]:
+    """Open the same volume in another window."""
+    viewers = []
+
+    def open_() -> Session:
+        viewers.append(ViewerModel())
+        volume = session.opened.volume
+        viewers[-1].add_image(volume.array, name="scan", **_layers.layer_arguments(volume, "volume"))
+        again = session_for(viewers[-1])
+        again.poll()
+        return again
+
+    return open_
+
+
+def painted(labels: np.ndarray) -> list[int]:
+    return np.flatnonzero(labels.any(axis=(1, 2))).tolist()
+
+
+def test_restored_work_is_what_is_saved_also_after_a_scribble(session, open_again):
+    for z in (0, 1, 2):
+        paint(session, z)
+    session.flush()
+    again = open_again()
+    again.new_labels()
+    paint(again, 3)
+    again.flush()
+    again.saved.restore()
+    again.close()
+    last = open_again()
+    assert painted(last.saved.offer.labels) == [0, 1, 2]
+
+
+def test_two_windows_on_one_volume_replace_nothing_of_each_other(session, open_again, plugin_home):
+    other = open_again()
+    other.new_labels()
+    said = []
+    session.warned.connect(said.append)
+    for one, z in ((session, 0), (other, 1), (session, 2)):
+        paint(one, z)
+        one.flush()
+    session.poll()
+    kept = [painted(np.load(path)["labels"]) for path in (plugin_home / "labels").glob("*.npz")]
+    assert sorted(kept) == [[0], [0, 2], [1]]
+    assert "held other work, which is kept as" in said[0]
+
+
+def test_starting_afresh_leaves_what_was_drawn_meanwhile(session, open_again):
+    paint(session, 0)
+    session.flush()
+    again = open_again()
+    again.new_labels()
+    paint(again, 3)
+    again.flush()
+    again.saved.decline()
+    again.close()
+    last = open_again()
+    assert painted(last.saved.offer.labels) == [3]
+
+
+def test_a_recut_goes_on_in_the_same_file(session, plugin_home):
+    paint(session, 1)
+    session.recut(0)
+    session.flush()
+    assert len(list((plugin_home / "labels").glob("*.npz"))) == 1
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A disk that writes nothing until it is let."""
+    let = threading.Event()
+    write = Sidecar._write
+    monkeypatch.setattr(
+        Sidecar, "_write", lambda *arguments: write(*arguments) if let.wait(20) else pytest.fail("never let")
+    )
+    yield let
+    let.set()
+
+
+def test_nothing_waits_for_the_disk_but_what_ends(session, viewer, slow_disk, monkeypatch):
+    monkeypatch.setattr(_autosave, "SAVE_AFTER", 0.0)
+    first, drawn = session.opened.layer, session.labels
+    paint(session, 1)  # begins to save
+    paint(session, 2)
+    mark(session, Cell.COMPLETE, [1])
+    assert take_snapshot(session).statuses == {1: "complete", 2: "partial"}
+    second = Volume.from_array(session.opened.volume.array + 1, (8, 1.5, 1.5), name="second")
+    session.choose_volume(_layers.add_volume(viewer, second, "second"))
+    assert not slow_disk.is_set()
+    slow_disk.set()
+    session.flush()
+    session.choose_volume(first)
+    assert session.labels is drawn
+    assert painted(session.saved.autosave.load().labels) == [1, 2]
+
+
+def test_of_a_deleted_layer_the_last_strokes_are_offered(session, viewer, slow_disk):
+    paint(session, 1)
+    session.save()
+    paint(session, 2)
+    viewer.layers.remove(session.labels)
+    threading.Timer(0.2, slow_disk.set).start()
+    session.poll()
+    assert painted(session.saved.offer.labels) == [1, 2]
+
+
+def test_what_could_not_be_saved_is_written_after_another_volume_was_chosen(session, viewer, monkeypatch):
+    said = []
+    session.warned.connect(said.append)
+    first = session.saved.autosave.sidecar
+    paint(session, 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(Sidecar, "_write", _full)
+        second = Volume.from_array(session.opened.volume.array + 1, (8, 1.5, 1.5), name="second")
+        session.choose_volume(_layers.add_volume(viewer, second, "second"))
+        session.saved.autosave.wait()
+    session.poll()
+    assert "No space left" in said[0]
+    session.flush()
+    assert painted(first.load().labels) == [1]
 
 
 def test_saving_takes_less_than_the_promised_ten_seconds():
@@ -534,15 +666,10 @@ def test_a_second_volume_has_labels_of_its_own(session, viewer):
 
 
 def test_what_cannot_be_saved_is_told_once_and_tried_again(session, monkeypatch):
-    from napari_kaf._sidecar import Sidecar
-
-    def full(*_arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
     said = []
     session.warned.connect(said.append)
     with monkeypatch.context() as broken:
-        broken.setattr(Sidecar, "_write", full)
+        broken.setattr(Sidecar, "_write", _full)
         for z in (0, 1):
             paint(session, z)
             session.flush()
