@@ -46,12 +46,17 @@ class Ledger:
 
     changed = Signal()
 
-    def __init__(self, num_slices: int, states: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        num_slices: int,
+        states: Sequence[str] = (),
+        by_hand: Mapping[int, NDArray[np.bool_]] | None = None,
+    ) -> None:
         self._states = [Cell(state) for state in states] or [Cell.UNTOUCHED] * num_slices
         if len(self._states) != num_slices:
             raise ValueError(f"a ledger of {num_slices} slices needs as many states, got {len(self._states)}")
         self._predicted: frozenset[int] = frozenset()
-        self.by_hand: dict[int, NDArray[np.bool_]] = {}
+        self.by_hand = dict(by_hand or {})
 
     def __len__(self) -> int:
         return len(self._states)

@@ -31,13 +31,17 @@ def recut(session: Session, slice_axis: int) -> None:
     for layer, (ledger, classes) in zip(layers, known, strict=True):
         array = _layers.stack(layer)
         accepted = np.array([state is Cell.ACCEPTED for state in ledger.states])[:, None, None]
-        both = (array, np.broadcast_to(accepted, array.shape))
-        cut, of_result = (volume.to_volume(old.volume.to_stored(part)) for part in both)
+        by_hand = ~accepted & (array != 0)
+        for z, plane in ledger.by_hand.items():
+            by_hand[z] |= plane & (array[z] != 0)
+        parts = (array, np.broadcast_to(accepted, array.shape), by_hand)
+        cut, of_result, drawn = (volume.to_volume(old.volume.to_stored(part)) for part in parts)
         new = _layers.add_labels(viewer, session.opened, classes, cut.copy())
         new.name = layer.name
         session.saved.autosave.inherit(new, layer)
         states = recut_states(ledger.states, cut, of_result)
-        session.take_over(new, Ledger(len(cut), states), classes, chosen=layer is drawn_on)
+        hands = {z: plane.copy() for z, plane in enumerate(drawn) if states[z] is Cell.ACCEPTED}
+        session.take_over(new, Ledger(len(cut), states, hands), classes, chosen=layer is drawn_on)
 
 
 def recut_states(

@@ -74,7 +74,8 @@ class SavedWork:
             session.recut(offer.slice_axis)
         layer = _layers.add_labels(session.viewer, session.opened, offer.classes, offer.labels.copy())
         self.autosave.restored(layer, offer)
-        session.take_over(layer, Ledger(len(offer.states), offer.states), list(offer.classes), chosen=True)
+        ledger = Ledger(len(offer.states), offer.states, offer.by_hand)
+        session.take_over(layer, ledger, list(offer.classes), chosen=True)
         session.offer_changed.emit()
 
     def decline(self) -> None:
@@ -97,5 +98,6 @@ class SavedWork:
             self._spacings.get(self.volume_key),
             session.opened.volume.source.axes[0],
             owner=self.autosave.owner(session.labels),
+            by_hand=dict(session.ledger.by_hand),
         )
         self.autosave.save(snapshot)

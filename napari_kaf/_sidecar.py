@@ -16,8 +16,8 @@ import re
 import threading
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Snapshot:
         slice_axis: The stored axis of the volume that Z runs along, if it is known.
         saved: When, ISO 8601.
         owner: Token of who drew it.
+        by_hand: Of accepted slices, where (Y, X) somebody had painted before.
     """
 
     labels: NDArray[np.integer[Any]]
@@ -63,6 +64,7 @@ class Snapshot:
     slice_axis: int | None = None
     saved: str = ""
     owner: str = ""
+    by_hand: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
     def version(self) -> tuple[str, str]:
@@ -210,7 +212,13 @@ class Sidecar:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with open(temporary, "wb") as file:
-                np.savez_compressed(file, labels=snapshot.labels, header=np.array(json.dumps(header)))
+                hands = {f"by_hand_{z}": plane for z, plane in snapshot.by_hand.items() if plane.any()}
+                content: dict[str, Any] = {
+                    "labels": snapshot.labels,
+                    "header": np.array(json.dumps(header)),
+                    **hands,
+                }
+                np.savez_compressed(file, **content)
                 file.flush()
                 os.fsync(file.fileno())
             with _replacing:
@@ -231,6 +239,11 @@ class Sidecar:
                 slice_axis=header["slice_axis"],
                 saved=header["saved"],
                 owner=header.get("owner", ""),
+                by_hand={
+                    int(name.removeprefix("by_hand_")): content[name]
+                    for name in content.files
+                    if name.startswith("by_hand_")
+                },
             )
 
 

@@ -189,6 +189,25 @@ def test_accepting_all_leaves_what_was_painted_by_hand_whenever_it_was(session):
     np.testing.assert_array_equal(session.labels.data[1], result[1])
 
 
+@pytest.mark.parametrize("axis", [None, 1])
+def test_what_was_painted_by_hand_is_known_after_a_restart_and_along_another_axis(session, viewer, axis):
+    paint(session, 2, value=4)
+    give_result(session)
+    session.results.accept(range(4))
+    session.flush()
+    if axis is None:
+        viewer.layers.remove(session.labels)
+        session.poll()
+        session.saved.restore()
+    else:
+        session.recut(axis)
+    drawn = session.labels.data == 4
+    assert drawn.any()
+    session.results.show(None, np.full(session.labels.data.shape, 2, np.uint8))
+    session.results.accept(range(len(session.ledger)))
+    np.testing.assert_array_equal(session.labels.data, np.where(drawn, 4, 2))
+
+
 def test_undo_brings_back_what_the_user_had_said(session):
     give_result(session)
     session.results.accept(range(4))
