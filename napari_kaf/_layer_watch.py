@@ -9,7 +9,7 @@ from napari_kaf import _layers
 
 if TYPE_CHECKING:
     from napari.components import ViewerModel
-    from napari.layers import Image
+    from napari.layers import Image, Layer
 
     from napari_kaf._session import Session
 
@@ -25,6 +25,7 @@ class LayerWatch:
         self._session = session
         self._seen: list[tuple[int, str, tuple[int, ...]]] = []
         self._seen_brush = 0
+        self._wrong_brush: Layer | None = None
         self._followed: Image | None = None
         session.volume_changed.connect(self._follow_volume)
 
@@ -36,6 +37,7 @@ class LayerWatch:
         if brush != self._seen_brush:
             self._seen_brush = brush
             session.classes_changed.emit()
+        self._look_at_active(viewer)
 
     def _look_at_layers(self, viewer: ViewerModel) -> None:
         session = self._session
@@ -50,15 +52,29 @@ class LayerWatch:
         self._forget_removed_layers(viewer)
         volumes = _layers.image_layers(viewer)
         if session.opened is None and volumes:
+            in_view = next((layer for layer in reversed(volumes) if layer.visible), volumes[0])
             try:
-                session.choose_volume(volumes[0])
+                session.choose_volume(in_view)
             except UserError as error:
-                session.warned.emit(f"{volumes[0].name}: {error}")
+                session.warned.emit(f"{in_view.name}: {error}")
         if session.opened is not None and session.labels is None:
             drawn = _layers.own_labels(viewer, session.opened.layer)
             if drawn:
                 session.choose_labels(drawn[0])
         session.layers_changed.emit()
+
+    def _look_at_active(self, viewer: ViewerModel) -> None:
+        """Warn, once, who takes a brush to other labels than those that are kept and trained on."""
+        session, active = self._session, viewer.layers.selection.active
+        wrong = session.opened is not None and active is not session.labels and _layers.is_brushed(active)
+        if wrong and active is not self._wrong_brush:
+            assert active is not None
+            kept = "no labels are" if session.labels is None else f"{session.labels.name} is what is"
+            session.warned.emit(
+                f"you are about to paint on {active.name}, but {kept} kept and trained on; choose the volume and the "
+                "labels to work on in the panel"
+            )
+        self._wrong_brush = active if wrong else None
 
     def _follow_volume(self) -> None:
         """Hear of it when the voxels of the volume that is worked on are replaced."""

@@ -55,6 +55,7 @@ __all__ = [
     "go_to",
     "goes_with",
     "image_layers",
+    "is_brushed",
     "labels_layers",
     "layer_arguments",
     "layers_with_role",
@@ -116,9 +117,13 @@ def layers_with_role(viewer: ViewerModel, role: Role, image: Image | None = None
 
 
 def own_labels(viewer: ViewerModel, image: Image) -> list[Labels]:
-    """Those of its labels layers that go with an image: first what was drawn for it, then what is named like it."""
+    """Those of its labels layers that go with an image: what was drawn for it, then what is named like it.
+
+    Among these the selected one is first.
+    """
     layers = [layer for layer in labels_layers(viewer, image) if goes_with(viewer, layer, image)]
-    return sorted(layers, key=lambda layer: not claimed(layer))
+    active = viewer.layers.selection.active
+    return sorted(layers, key=lambda layer: (not claimed(layer), layer is not active))
 
 
 def claim(layer: Layer, image: Image) -> None:
@@ -149,6 +154,17 @@ def goes_with(viewer: ViewerModel, layer: Layer, image: Image) -> bool:
         return belongs_to(viewer, layer, image)
     rivals = (other for other in image_layers(viewer) if finest(other).shape == finest(image).shape)
     return all(_alike(layer.name, image.name) >= _alike(layer.name, other.name) for other in rivals)
+
+
+def is_brushed(layer: Layer | None) -> bool:
+    """Whether a layer holds labels, and a tool is taken up that changes them."""
+    from napari.layers import Labels
+
+    return (
+        isinstance(layer, Labels)
+        and str(layer.mode) not in ("pan_zoom", "transform", "pick")
+        and layer.editable
+    )
 
 
 def bring_forward(viewer: ViewerModel, image: Image) -> None:

@@ -180,6 +180,12 @@ class Session:
         self.classes_changed.emit()
         self.ledger_changed.emit()
 
+    def select_labels(self) -> None:
+        """Let napari's tools paint on the layer that is drawn on."""
+        if self.labels is not None:
+            self.labels.visible = True
+            self.viewer.layers.selection.active = self.labels
+
     def new_labels(self, classes: Sequence[ClassEntry] = ()) -> None:
         """Make a layer to draw on, with the classes of before, else the given ones, else one to begin with."""
         if self.opened is None:

@@ -156,6 +156,7 @@ class LabelsSection(QWidget):
         self.session.choose_labels(
             _layers.labels_layers(self.session.viewer, self.session.opened.layer)[index]
         )
+        self.session.select_labels()
 
     @answering
     def _new(self, *_: Any) -> None:

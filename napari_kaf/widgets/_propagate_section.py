@@ -47,6 +47,7 @@ class PropagateSection(QWidget):
     def __init__(self, life: Life) -> None:
         super().__init__()
         self.session = life.session
+        self._opened: _layers.OpenVolume | None = None
         column = QVBoxLayout(self)
         column.setContentsMargins(0, 0, 0, 0)
         self.row = JobRow(life, "Propagate", self.start, self._ready)
@@ -60,6 +61,7 @@ class PropagateSection(QWidget):
         column.addWidget(self.row)
         for signal in (self.session.volume_changed, self.session.labels_changed):
             life.listen(signal, self.row.refresh)
+        life.listen(self.session.volume_changed, self._leave_volume)
 
     def start(self) -> None:
         """Carry labels in the background.
@@ -68,6 +70,7 @@ class PropagateSection(QWidget):
             UserError: If something is missing for it.
         """
         snapshot, opened = take_snapshot(self.session), self.session.opened
+        self._opened = opened
 
         def done(labels: NDArray[np.integer[Any]] | None) -> None:
             if labels is None:
@@ -86,6 +89,11 @@ class PropagateSection(QWidget):
             on_report=lambda report: None,
             on_done=done,
         )
+
+    def _leave_volume(self) -> None:
+        """Say nothing more of another volume."""
+        if not self.row.running and not self.session.works_on(self._opened):
+            self.row.say("")
 
     def _ready(self) -> bool:
         return self.session.opened is not None and self.session.labels is not None

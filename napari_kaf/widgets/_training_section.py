@@ -49,6 +49,7 @@ class TrainingSection(QWidget):
             column.addWidget(widget)
         for signal in (self.session.volume_changed, self.session.labels_changed, self.session.ledger_changed):
             life.listen(signal, self._show_ready)
+        life.listen(self.session.volume_changed, self._leave_volume)
         life.listen(self.session.viewer.dims.events.current_step, self._follow_slice)
         self._show_ready()
 
@@ -88,6 +89,12 @@ class TrainingSection(QWidget):
             run=_begun(store.begin(), snapshot.statuses, form.choice.name, next_name(results.runs)),
             clicked=time.monotonic(),
         )
+
+    def _leave_volume(self) -> None:
+        """Say and show nothing more of another volume's training."""
+        if not self.row.running and not self.session.works_on(self._opened):
+            self.row.say("")
+            self.curve.clear()
 
     def _ready(self) -> bool:
         return self.session.opened is not None and self.session.labels is not None

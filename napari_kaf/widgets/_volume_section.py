@@ -194,6 +194,7 @@ class VolumeSection(QWidget):
     def _work_on(self, layer: Image) -> None:
         self.session.choose_volume(layer)
         _layers.bring_forward(self.session.viewer, layer)
+        self.session.select_labels()
 
     @answering
     def _recut(self, index: int) -> None:

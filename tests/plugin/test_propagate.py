@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kaf_model.volume import Volume
 from napari_kaf import _layers
 from napari_kaf._finetune_task import VolumePreview
 from napari_kaf._ledger import Cell
@@ -33,6 +34,25 @@ def test_a_click_carries_finished_slices_to_the_others(labelled, qtbot):
     assert np.array_equal(session.labels.data[2], found[2])
     session.labels.undo()
     assert np.array_equal(session.labels.data, drawn)
+
+
+def test_a_result_waits_while_another_volume_is_looked_at(labelled, qtbot):
+    viewer, panel = labelled
+    session, volume = panel.session, panel.session.opened.volume
+    other = Volume.from_array(volume.array + 1, volume.spacing, name="other")
+    panel.propagate.row.button.click()
+    finish(panel, qtbot)
+    found, labels = session.results.labels.copy(), session.labels
+    _layers.add_volume(viewer, other, "other")
+    session.poll()
+    for index in (1, 0):  # there and back
+        panel.volume.box.setCurrentIndex(index)
+        panel.volume.box.activated.emit(index)
+        assert (session.results.labels is None) == bool(index)
+        assert panel.result.accept_whole.isEnabled() != bool(index)
+        assert not panel.propagate.row.status.text()
+    assert viewer.layers.selection.active is labels
+    np.testing.assert_array_equal(session.results.labels, found)
 
 
 def test_where_structures_end_is_asked_for_until_it_is_shown(labelled, qtbot):

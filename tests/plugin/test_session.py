@@ -782,10 +782,11 @@ def test_labels_of_files_go_with_the_volume_they_are_named_like(viewer, plugin_h
         viewer.add_labels(np.zeros(SHAPE, np.uint8), name=f"{name}_gt")
     first, first_labels, second, second_labels = viewer.layers
     session = Session(viewer)
-    session.poll()
-    assert (session.opened.layer, session.labels) == (first, first_labels)
+    session.poll()  # works on what is seen
+    assert (session.opened.layer, session.labels) == (second, second_labels)
+    session.choose_volume(first)
+    assert session.labels is first_labels
     session.choose_volume(second)
-    assert session.labels is second_labels
     session.choose_labels(first_labels)  # somebody may want them; once drawn on they are his
     paint(session, 1)
     assert first_labels not in _layers.labels_layers(viewer, first)
@@ -794,6 +795,24 @@ def test_labels_of_files_go_with_the_volume_they_are_named_like(viewer, plugin_h
     session.choose_volume(second)
     assert session.labels is first_labels
     session.close()
+
+
+def test_who_paints_on_other_labels_is_told_once(session, viewer):
+    said = []
+    session.warned.connect(said.append)
+    viewer.add_labels(np.zeros(SHAPE, np.uint8), name="others")
+    session.poll()
+    assert not said
+    viewer.layers.selection.active.mode = "paint"
+    session.poll()
+    session.poll()
+    assert len(said) == 1
+    assert "about to paint on others, but scan labels is what is kept" in said[0]
+    viewer.layers.selection.active = session.labels
+    session.poll()
+    viewer.layers.selection.active = viewer.layers["others"]
+    session.poll()
+    assert len(said) == 2
 
 
 def test_labels_stay_with_a_volume_that_is_opened_again(session, viewer):
