@@ -86,10 +86,9 @@ def markdown_report(results: Results) -> str:
             "so that the pairs are not independent."
         )
         parts.append(_table(_comparison_table(results)))
-    missing = results.incomplete()
-    if missing:
-        listed = ", ".join(f"{cell.row} at {cell.column} ({len(cell.runs)} done)" for cell in missing)
-        parts.append(f"Not finished: {listed}.")
+    if results.unfinished_rows():
+        parts.append("**Not finished**: the repetitions that are done, of those of the plan.")
+        parts.append(_table(_unfinished_table(results)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -112,7 +111,8 @@ def csv_report(results: Results) -> str:
             *(cell.classes.get(name, math.nan) for name in classes),
         ]
         written = ["" if number != number else number for number in numbers]
-        writer.writerow([cell.row, cell.column.kind, cell.column.count, len(cell.runs), *written])
+        repetitions = len(cell.runs), results.num_planned(cell.column)
+        writer.writerow([cell.row, cell.column.kind, cell.column.count, *repetitions, *written])
     return text.getvalue()
 
 
@@ -122,6 +122,7 @@ _CSV_COLUMNS = (
         "kind",
         "count",
         "repetitions",
+        "planned",
         "dice_mean",
         "dice_std",
         "volume_dice_mean",
@@ -204,6 +205,19 @@ def _comparison(cell: Cell | None) -> str:
     p_value = cell.comparison.p_value
     shown = "p < .001" if p_value < 0.001 else f"p = {p_value:.3f}"
     return f"{shown}, {cell.comparison.difference:+.3f} (n = {cell.comparison.pairs})"
+
+
+def _unfinished_table(results: Results) -> list[list[str]]:
+    lines = [["", *map(str, results.planned_columns)]]
+    for row in results.unfinished_rows():
+        lines.append([row, *(_done(results, row, column) for column in results.planned_columns)])
+    return lines
+
+
+def _done(results: Results, row: str, column: Column) -> str:
+    at_most = column.kind == "slices" and isinstance(results.plan.k_slices.volumes, int)
+    of = "of at most" if at_most else "of"
+    return f"{results.num_done(row, column)} {of} {results.num_planned(column)}"
 
 
 def _mean_and_std(spread: Spread) -> str:

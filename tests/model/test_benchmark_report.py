@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from kaf_model.benchmark.cohort import Case
 from kaf_model.benchmark.plan import Plan
 from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult
 from kaf_model.benchmark.report import write_report
-from kaf_model.benchmark.results import read_results
+from kaf_model.benchmark.results import possible_repetitions, read_results
 from kaf_model.benchmark.runs import Column
 from kaf_model.benchmark.scoring import compare, pooled_dice
 from kaf_model.benchmark.statistics import Spread, compare_paired, mean_dice
@@ -151,6 +152,7 @@ def benchmark(tmp_path: Path) -> Path:
             "data": {"layout": "pairs"},
             "protocol": {"test": "odd", "draws": 2},
             "columns": {"patients": [1, 2], "slices": [3]},
+            "k_slices": {"volumes": ["heart_0"]},
             "rows": [{"name": "UNet"}, {"name": "Ours"}, {"name": "Never"}],
             "reference": "Ours",
         }
@@ -186,10 +188,48 @@ def test_the_tables_by_hand(benchmark: Path) -> None:
         in lines
     )
     assert "| Ours | 0.900 |" in lines  # of the whole volume at k = 3: (1 + 0.8) / 2
-    assert "Not finished: UNet at M = 2 (1 done)." in lines
-    assert "Never" not in text
+    assert not [line for line in lines if line.startswith("| Never") and "(" in line]
     assert "of 48 x 64 pixels with 128 keypoints" in text
     assert "on cpu, 2026-01-02," in text
+
+
+def test_what_is_not_finished_is_said_of_every_row_and_column(benchmark: Path) -> None:
+    lines = write_report(benchmark).text.splitlines()
+    start = lines.index("**Not finished**: the repetitions that are done, of those of the plan.")
+    assert lines[start + 2 :] == [
+        "|  | M = 1 | M = 2 | k = 3 |",
+        "| --- | --- | --- | --- |",
+        "| UNet | 2 of 2 | 1 of 2 | 1 of 1 |",
+        "| Never | 0 of 2 | 0 of 2 | 0 of 1 |",
+    ]
+
+
+def change_plan(benchmark: Path, **changes: Any) -> None:
+    plan = yaml.safe_load((benchmark / "plan.yaml").read_text())
+    (benchmark / "plan.yaml").write_text(yaml.safe_dump(plan | changes))
+
+
+def test_all_rows_can_be_half_done(benchmark: Path) -> None:
+    change_plan(benchmark, protocol={"test": "odd", "draws": 2, "seeds": [0, 1], "combine": "all"})
+    assert "| Ours | 2 of 4 | 2 of 4 | 1 of 2 |" in write_report(benchmark).text.splitlines()
+    change_plan(benchmark, protocol={"folds": 3}, k_slices={"volumes": 6})
+    assert "| Ours | 1 of 3 | 1 of 3 | 1 of at most 18 |" in write_report(benchmark).text.splitlines()
+
+
+def test_runs_that_the_plan_no_longer_has_do_not_count(benchmark: Path) -> None:
+    change_plan(benchmark, protocol={"test": "odd", "draws": 1})
+    results = read_results(benchmark)
+    assert results.cells["UNet", Column("patients", 1)].dice.mean == pytest.approx(0.2)
+    assert results.unfinished_rows() == ["Never"]
+
+
+def test_a_number_of_volumes_may_be_more_than_there_are(benchmark: Path) -> None:
+    plan = read_results(benchmark).plan
+    protocol = {"test": "odd", "seeds": [0, 1, 2]}
+    plan = plan.override(protocol=protocol, k_slices={"volumes": 10})
+    three_seeds_of_two_volumes = {(0, 0, 0), (0, 1, 1), (0, 0, 2)}
+    assert three_seeds_of_two_volumes <= possible_repetitions(plan, Column("slices", 3))
+    assert three_seeds_of_two_volumes - possible_repetitions(plan, Column("patients", 1)) == {(0, 1, 1)}
 
 
 def test_the_csv_by_hand(benchmark: Path) -> None:
@@ -202,6 +242,8 @@ def test_the_csv_by_hand(benchmark: Path) -> None:
     assert float(line["steps"]) == pytest.approx(100.5)
     assert rows["Ours", "patients", "1"]["p_value"] == ""
     assert rows["UNet", "slices", "3"]["dice_std"] == ""
+    line = rows["UNet", "patients", "2"]
+    assert (line["repetitions"], line["planned"]) == ("1", "2")
 
 
 def test_the_curves_show_what_the_table_says(benchmark: Path) -> None:
