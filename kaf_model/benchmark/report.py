@@ -19,7 +19,8 @@ _REPETITIONS = {
     "strict": "Per-volume Dice of the last step, no slice left out. Mean (standard deviation) over repetitions: "
     "draws of labelled patients with a seed each, or, for k, volumes.",
     "paper": "Dice pooled over all voxels of a fold, of the weights that are best on that same fold, after "
-    "pretraining on all patients: the paper's protocol, which flatters. Mean (standard deviation) over folds.",
+    "pretraining on all patients: the paper's protocol, which flatters. Mean (standard deviation, "
+    "divided by n as there) over folds.",
 }
 
 

@@ -191,8 +191,9 @@ def _cell(plan: Plan, row: str, column: Column, runs: Sequence[FinishedRun], ref
     comparison = None
     if row != reference:
         comparison = compare_paired(_paired(against), _paired(own))
-    dice = Spread.of(trial_dice(run.scores, plan.protocol.kind) for run in own)
-    volume_dice = Spread.of(mean_dice(run.scores, "volume_dice") for run in own)
+    ddof = 0 if plan.protocol.kind == "paper" else 1  # its Table 9 divides by the number of folds
+    dice = Spread.of((trial_dice(run.scores, plan.protocol.kind) for run in own), ddof=ddof)
+    volume_dice = Spread.of((mean_dice(run.scores, "volume_dice") for run in own), ddof=ddof)
     return Cell(row, column, dice, volume_dice, class_dice(scores), comparison, tuple(own))
 
 

@@ -110,15 +110,17 @@ def test_only_what_both_have_is_paired() -> None:
     assert (compared.pairs, compared.difference) == (2, pytest.approx(0.3))
 
 
-def write_run(output: Path, row: str, column: Column, draw: int, scores: list[CaseScore]) -> None:
+def write_run(
+    output: Path, row: str, column: Column, draw: int, scores: list[CaseScore], *, fold: int = 0
+) -> None:
     folder = RunFolder(
-        output / "runs" / row.lower() / f"{column.kind}-{column.count}" / f"fold0-draw{draw}-seed0"
+        output / "runs" / row.lower() / f"{column.kind}-{column.count}" / f"fold{fold}-draw{draw}-seed0"
     )
     folder.claim(
         {
             "row": row,
             "column": {"kind": column.kind, "count": column.count},
-            "fold": 0,
+            "fold": fold,
             "draw": draw,
             "seed": 0,
         }
@@ -230,6 +232,18 @@ def test_a_number_of_volumes_may_be_more_than_there_are(benchmark: Path) -> None
     three_seeds_of_two_volumes = {(0, 0, 0), (0, 1, 1), (0, 0, 2)}
     assert three_seeds_of_two_volumes <= possible_repetitions(plan, Column("slices", 3))
     assert three_seeds_of_two_volumes - possible_repetitions(plan, Column("patients", 1)) == {(0, 1, 1)}
+
+
+def test_standard_deviations_of_the_papers_protocol_are_those_of_its_tables(benchmark: Path) -> None:
+    folds = [0.2259, 0.2133, 0.3297, 0.311, 0.3516]  # Table 9, M = 2, without KAF: .286(.056)
+    for path in benchmark.rglob("result.json"):
+        path.unlink()
+    for fold, dice in enumerate(folds):
+        write_run(benchmark, "Ours", Column("patients", 1), 0, [score("heart_1", dice)], fold=fold)
+    change_plan(benchmark, protocol={"kind": "paper", "folds": 5}, columns={"patients": [1]})
+    text = write_report(benchmark).text
+    assert "| Ours | **0.286 (0.056)** |" in text
+    assert "divided by n" in text
 
 
 def test_the_csv_by_hand(benchmark: Path) -> None:
