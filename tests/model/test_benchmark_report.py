@@ -272,6 +272,19 @@ def test_the_curves_show_what_the_table_says(benchmark: Path) -> None:
     assert write_report(benchmark).figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_twelve_rows_can_be_told_apart_by_their_curves(benchmark: Path) -> None:
+    from kaf_model.benchmark.curves import learning_curves
+
+    names = [f"row{number}" for number in range(12)]
+    change_plan(benchmark, rows=[{"name": name} for name in names], reference=None)
+    for name in names:
+        write_run(benchmark, name, Column("patients", 1), 0, [score("heart_1", 0.5)])
+    (panel,) = learning_curves(read_results(benchmark)).axes
+    lines = [container.lines[0] for container in panel.containers]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(looks) == 12
+
+
 def test_another_row_can_be_the_reference(benchmark: Path) -> None:
     results = read_results(benchmark, "UNet")
     assert results.cells["UNet", Column("patients", 1)].comparison is None
