@@ -111,7 +111,14 @@ def test_only_what_both_have_is_paired() -> None:
 
 
 def write_run(
-    output: Path, row: str, column: Column, draw: int, scores: list[CaseScore], *, fold: int = 0
+    output: Path,
+    row: str,
+    column: Column,
+    draw: int,
+    scores: list[CaseScore],
+    *,
+    fold: int = 0,
+    flops_shape: tuple[int, int] = (48, 64),
 ) -> None:
     folder = RunFolder(
         output / "runs" / row.lower() / f"{column.kind}-{column.count}" / f"fold{fold}-draw{draw}-seed0"
@@ -130,7 +137,7 @@ def write_run(
         RunResult(
             parameters=1_234_567,
             gigaflops=2.5,
-            flops_shape=(48, 64),
+            flops_shape=flops_shape,
             flops_keypoints=128,
             steps=100 + draw,
             seconds=10.0 + draw,
@@ -204,6 +211,21 @@ def test_what_is_not_finished_is_said_of_every_row_and_column(benchmark: Path) -
         "| UNet | 2 of 2 | 1 of 2 | 1 of 1 |",
         "| Never | 0 of 2 | 0 of 2 | 0 of 1 |",
     ]
+
+
+def test_operations_of_slices_of_different_sizes_are_not_shown_as_of_one(benchmark: Path) -> None:
+    column = Column("patients", 1)
+    write_run(benchmark, "Never", column, 0, [score("heart_1", 0.5)], flops_shape=(96, 96))
+    report = write_report(benchmark)
+    lines = report.text.splitlines()
+    assert [line.split(" | ")[5] for line in lines if line.startswith(("| Ours | **", "| Never | 0.5"))] == [
+        "2.50 (48 x 64)",
+        "2.50 (96 x 96)",
+    ]
+    assert "a forward pass of as many pixels as stand beside it with 128 keypoints" in report.text
+    with open(report.table, newline="") as file:
+        shapes = {line["row"]: line["flops_shape"] for line in csv.DictReader(file)}
+    assert shapes == {"UNet": "48 x 64", "Ours": "48 x 64", "Never": "96 x 96"}
 
 
 def change_plan(benchmark: Path, **changes: Any) -> None:
