@@ -163,6 +163,19 @@ def test_curves(kaf: Kaf, folder: Path, tmp_path: Path) -> None:
         assert f">{legend}<" in text
 
 
+def test_each_of_two_finetunings_has_its_curve(kaf: Kaf, folder: Path, tmp_path: Path) -> None:
+    from kaf_model.checkpoint import load_tensors, save_tensors
+
+    twice = tmp_path / "twice.safetensors"
+    header = load_header(folder / "heart.safetensors")
+    header = {**header, "history": [*header["history"], header["history"][-1]]}
+    save_tensors(twice, load_tensors(folder / "heart.safetensors"), header)
+    path = tmp_path / "curves.svg"
+    assert_written(path, kaf("figure", "curves", twice, "-o", path))
+    for legend in ("twice, pretraining", "twice, finetuning 1", "twice, finetuning 2"):
+        assert f">{legend}<" in path.read_text()
+
+
 def test_compute(kaf: Kaf, tmp_path: Path) -> None:
     path = tmp_path / "compute.pdf"
     line = ["figure", "compute", "-o", path, "--edges", "64,96", "--blocks", "4", "--keypoints", 9]
