@@ -259,7 +259,9 @@ def segmentation(
     out = Output()
     predictions = {}
     for name, loaded in named.items():
-        predictions[name] = out.run(segment(loaded, volume, slices=chosen)).labels[chosen]
+        predictions[name] = out.run(segment(loaded, volume)).labels[
+            chosen
+        ]  # cleaned, as kaf segment writes it
     figure = segmentation_comparison(
         volume.array[chosen],
         truth[chosen],
