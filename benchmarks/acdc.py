@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from kaf_model.benchmark.statistics import Spread
 from kaf_model.checkpoint import Checkpoint
 from kaf_model.config import FinetuneConfig, ModelConfig, PretrainConfig
 from kaf_model.evaluate import evaluate_volume
@@ -45,9 +46,9 @@ class Score:
 
     def row(self, name: str) -> str:
         """One line of the table."""
-        per_volume = np.nanmean(self.dice, axis=1)
+        volumes = Spread.of(np.nanmean(self.dice, axis=1))
         classes = " | ".join(f"{value:.3f}" for value in np.nanmean(self.dice, axis=0))
-        mean = f"{per_volume.mean():.3f} ({per_volume.std():.3f})"
+        mean = f"{volumes.mean:.3f} ({volumes.std:.3f})"
         return f"| {name} | {mean} | {classes} | {self.steps} in {self.seconds:.0f} s |"
 
 

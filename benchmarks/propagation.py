@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kaf_model.benchmark.plan import SlicesPlan
 from kaf_model.benchmark.splits import slices_to_label
+from kaf_model.benchmark.statistics import Spread
 from kaf_model.config import SliceConfig
 from kaf_model.evaluate import evaluate_volume
 from kaf_model.labels import LabelledVolume, SliceStatus
@@ -116,9 +117,10 @@ def main() -> None:
                 labels = method(with_ends(case, truth) if ends else case)
                 seconds += time.perf_counter() - began
                 found.append((dice(labels[rest], truth[rest], volume), dice(labels, truth, volume)))
-            (rest_mean, whole_mean), (rest_std, whole_std) = np.mean(found, 0), np.std(found, 0)
+            rest_dice, whole_dice = (Spread.of(values) for values in zip(*found, strict=True))
             print(
-                f"| {count} | {name} | {rest_mean:.3f} ({rest_std:.3f}) | {whole_mean:.3f} ({whole_std:.3f}) "
+                f"| {count} | {name} | {rest_dice.mean:.3f} ({rest_dice.std:.3f}) "
+                f"| {whole_dice.mean:.3f} ({whole_dice.std:.3f}) "
                 f"| {seconds / len(paths):.2f} |",
                 flush=True,
             )

@@ -147,4 +147,4 @@ def plans(
         return
     out = Output()
     for name in shipped_plans():
-        out.line(f"{name:24}{load_plan(name).description.strip().splitlines()[0]}")
+        out.line(f"{name:24}{load_plan(name).summary}")

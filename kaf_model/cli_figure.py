@@ -259,7 +259,9 @@ def segmentation(
     out = Output()
     predictions = {}
     for name, loaded in named.items():
-        predictions[name] = out.run(segment(loaded, volume, slices=chosen)).labels[chosen]
+        predictions[name] = out.run(segment(loaded, volume)).labels[
+            chosen
+        ]  # cleaned, as kaf segment writes it
     figure = segmentation_comparison(
         volume.array[chosen],
         truth[chosen],
@@ -294,8 +296,8 @@ def curves(
             raise UserError(
                 f"{path} holds no curve: it was written by an older version or never trained here"
             )
-        for record in records:
-            found[name if len(records) == 1 else f"{name}, {record['stage']}"] = record["curve"]
+        for stage, record in zip(_numbered([record["stage"] for record in records]), records, strict=True):
+            found[name if len(records) == 1 else f"{name}, {stage}"] = record["curve"]
     _save(curves_figure(found, title=title), output, [])
 
 
@@ -353,6 +355,14 @@ def compute(
         for cost in costs
     ]
     _save(compute_figure(costs, title=title), output, lines)
+
+
+def _numbered(stages: Sequence[str]) -> list[str]:
+    """The stages with a number behind those that come more than once."""
+    return [
+        stage if stages.count(stage) == 1 else f"{stage} {stages[: place + 1].count(stage)}"
+        for place, stage in enumerate(stages)
+    ]
 
 
 def _classes(classes: Sequence[ClassLabel], truth: object) -> dict[int, str]:

@@ -70,6 +70,7 @@ _PUBLISHED_FINETUNE = {
     "averaging": 0.0,
     "pseudo_labels": {"share": 0.0},
 }
+_PUBLISHED_SEGMENT = {"largest_component": "none", "propagation": 0.0}
 
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
@@ -113,6 +114,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "learning_rate": 5e-4,
             "augment": AUGMENTATIONS["paper"],
         },
+        "segment": _PUBLISHED_SEGMENT,
     },
     "paper-chd": {
         "slices": {"spacing": None},
@@ -129,5 +131,6 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "learning_rate": 5e-5,
             "augment": {**AUGMENTATIONS["none"], "crop": None},
         },
+        "segment": _PUBLISHED_SEGMENT,
     },
 }

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from kaf_model.benchmark.results import Results
+from kaf_model.figures.style import LINE_STYLES
 
 # Okabe and Ito's colours without the yellow, which white paper swallows.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C")
@@ -49,6 +50,7 @@ def _draw(panel: Axes, results: Results, kind: str) -> None:
             color=_COLOURS[number % len(_COLOURS)],
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=5,
+            linestyle=LINE_STYLES[number // len(_COLOURS) % len(LINE_STYLES)],
             linewidth=1.6,
             elinewidth=0.9,
             capsize=2,

@@ -214,6 +214,12 @@ class Plan(Settings):
         return self
 
     @property
+    def summary(self) -> str:
+        """The first sentence of the description."""
+        first, stop, _ = " ".join(self.description.split()).partition(". ")
+        return first + stop.strip()
+
+    @property
     def reference_row(self) -> str:
         """Row that the others are tested against."""
         return self.reference if self.reference is not None else self.rows[-1].name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -19,7 +20,8 @@ _REPETITIONS = {
     "strict": "Per-volume Dice of the last step, no slice left out. Mean (standard deviation) over repetitions: "
     "draws of labelled patients with a seed each, or, for k, volumes.",
     "paper": "Dice pooled over all voxels of a fold, of the weights that are best on that same fold, after "
-    "pretraining on all patients: the paper's protocol, which flatters. Mean (standard deviation) over folds.",
+    "pretraining on all patients: the paper's protocol, which flatters. Mean (standard deviation, "
+    "divided by n as there) over folds.",
 }
 
 
@@ -86,10 +88,9 @@ def markdown_report(results: Results) -> str:
             "so that the pairs are not independent."
         )
         parts.append(_table(_comparison_table(results)))
-    missing = results.incomplete()
-    if missing:
-        listed = ", ".join(f"{cell.row} at {cell.column} ({len(cell.runs)} done)" for cell in missing)
-        parts.append(f"Not finished: {listed}.")
+    if results.unfinished_rows():
+        parts.append("**Not finished**: the repetitions that are done, of those of the plan.")
+        parts.append(_table(_unfinished_table(results)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -112,7 +113,9 @@ def csv_report(results: Results) -> str:
             *(cell.classes.get(name, math.nan) for name in classes),
         ]
         written = ["" if number != number else number for number in numbers]
-        writer.writerow([cell.row, cell.column.kind, cell.column.count, len(cell.runs), *written])
+        repetitions = len(cell.runs), results.num_planned(cell.column)
+        what = cell.row, cell.column.kind, cell.column.count, *repetitions, ", ".join(_flops_shapes([cell]))
+        writer.writerow([*what, *written])
     return text.getvalue()
 
 
@@ -122,6 +125,8 @@ _CSV_COLUMNS = (
         "kind",
         "count",
         "repetitions",
+        "planned",
+        "flops_shape",
         "dice_mean",
         "dice_std",
         "volume_dice_mean",
@@ -140,11 +145,12 @@ def _dice_table(results: Results) -> list[list[str]]:
         column: max(cell.dice.mean for (_, other), cell in results.cells.items() if other == column)
         for column in results.columns
     }
+    one_shape = _one_shape(results)
     lines = [header]
     for row in results.rows:
         cells = [results.cells.get((row, column)) for column in results.columns]
         texts = [_dice(cell, best) for cell in cells]
-        lines.append([row, *texts, *_costs([cell for cell in cells if cell is not None])])
+        lines.append([row, *texts, *_costs([cell for cell in cells if cell is not None], one_shape)])
     return lines
 
 
@@ -164,27 +170,42 @@ def _volume_table(results: Results) -> list[list[str]]:
     return lines
 
 
-def _costs(cells: list[Cell]) -> list[str]:
+def _costs(cells: list[Cell], shape: str | None) -> list[str]:
+    """What a row costs; `shape` is the size of the counted slice if that is one for all rows."""
+
     def mean(field: str) -> float:
         return Spread.of(cell.mean(field) for cell in cells).mean
 
     before = mean("pretraining_steps")
+    counted = "" if shape else f" ({', '.join(_flops_shapes(cells))})"
     return [
         f"{mean('parameters') / 1e6:.2f} M",
-        f"{mean('gigaflops'):.2f}",
+        f"{mean('gigaflops'):.2f}{counted}",
         f"{mean('steps'):.0f} steps, {mean('seconds'):.0f} s",
         f"{before:.0f} steps, {mean('pretraining_seconds'):.0f} s" if before else "-",
     ]
 
 
+def _one_shape(results: Results) -> str | None:
+    """The size of the slice whose operations were counted; None where rows train on different crops."""
+    shapes = _flops_shapes(results.cells.values())
+    return shapes[0] if len(shapes) == 1 else None
+
+
+def _flops_shapes(cells: Iterable[Cell]) -> list[str]:
+    shapes = sorted({run.result.flops_shape for cell in cells for run in cell.runs})
+    return [f"{height} x {width}" for height, width in shapes]
+
+
 def _costs_note(results: Results) -> str:
     result = next(iter(results.cells.values())).runs[0].result
-    height, width = result.flops_shape
+    one_shape = _one_shape(results)
+    pixels = f"{one_shape} pixels" if one_shape else "as many pixels as stand beside it"
     devices = sorted({run.result.device for cell in results.cells.values() for run in cell.runs})
     dates = sorted(run.result.date[:10] for cell in results.cells.values() for run in cell.runs)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return (
-        f"GFLOP: a forward pass of {height} x {width} pixels with {result.flops_keypoints} keypoints, "
+        f"GFLOP: a forward pass of {pixels} with {result.flops_keypoints} keypoints, "
         f"multiplications and additions counted each. Times: on {', '.join(devices)}, {when}, mean over the columns."
     )
 
@@ -204,6 +225,19 @@ def _comparison(cell: Cell | None) -> str:
     p_value = cell.comparison.p_value
     shown = "p < .001" if p_value < 0.001 else f"p = {p_value:.3f}"
     return f"{shown}, {cell.comparison.difference:+.3f} (n = {cell.comparison.pairs})"
+
+
+def _unfinished_table(results: Results) -> list[list[str]]:
+    lines = [["", *map(str, results.planned_columns)]]
+    for row in results.unfinished_rows():
+        lines.append([row, *(_done(results, row, column) for column in results.planned_columns)])
+    return lines
+
+
+def _done(results: Results, row: str, column: Column) -> str:
+    at_most = column.kind == "slices" and isinstance(results.plan.k_slices.volumes, int)
+    of = "of at most" if at_most else "of"
+    return f"{results.num_done(row, column)} {of} {results.num_planned(column)}"
 
 
 def _mean_and_std(spread: Spread) -> str:

@@ -11,6 +11,7 @@ import yaml
 from kaf_model.benchmark.plan import Plan
 from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult
 from kaf_model.benchmark.runs import Column, columns
+from kaf_model.benchmark.splits import trials
 from kaf_model.benchmark.statistics import (
     Comparison,
     Pair,
@@ -24,6 +25,9 @@ from kaf_model.benchmark.statistics import (
 from kaf_model.errors import UserError
 from kaf_model.settings_layers import validated
 
+Repetition = tuple[int, int, int]
+"""Fold, draw and seed."""
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -36,6 +40,11 @@ class FinishedRun:
     seed: int
     scores: tuple[CaseScore, ...]
     result: RunResult
+
+    @property
+    def repetition(self) -> Repetition:
+        """Which repetition of its cell it is."""
+        return self.fold, self.draw, self.seed
 
     def dice(self) -> dict[Pair, float]:
         """Mean Dice of each volume, by what pairs it with those of other rows."""
@@ -94,17 +103,56 @@ class Results:
         """Columns that have a cell, in the order of the plan."""
         return [column for column in columns(self.plan) if any(other == column for _, other in self.cells)]
 
-    def incomplete(self) -> list[Cell]:
-        """Cells with fewer repetitions than another of their column."""
-        most = {
-            column: max(len(cell.runs) for (_, other), cell in self.cells.items() if other == column)
-            for column in self.columns
-        }
-        return [cell for cell in self.cells.values() if len(cell.runs) < most[cell.column]]
+    @property
+    def planned_columns(self) -> list[Column]:
+        """All columns of the plan."""
+        return columns(self.plan)
+
+    def num_done(self, row: str, column: Column) -> int:
+        """Finished repetitions of a row and column."""
+        cell = self.cells.get((row, column))
+        return len(cell.runs) if cell is not None else 0
+
+    def num_planned(self, column: Column) -> int:
+        """Repetitions of each row of a column by the plan; the most, where it leaves that to the data."""
+        most = max(_possible_draws(self.plan, column))
+        return _num_folds(self.plan) * len(trials(most, self.plan.protocol))
+
+    def unfinished_rows(self) -> list[str]:
+        """Rows of the plan with fewer repetitions than planned in some column."""
+        return [
+            row.name
+            for row in self.plan.rows
+            if any(
+                self.num_done(row.name, column) < self.num_planned(column) for column in self.planned_columns
+            )
+        ]
+
+
+def possible_repetitions(plan: Plan, column: Column) -> set[Repetition]:
+    """The repetitions that a plan has for a column, whatever the data."""
+    return {
+        (fold, trial.draw, trial.seed)
+        for fold in range(_num_folds(plan))
+        for num_draws in _possible_draws(plan, column)
+        for trial in trials(num_draws, plan.protocol)
+    }
+
+
+def _possible_draws(plan: Plan, column: Column) -> Sequence[int]:
+    """How many draws a column may have: a number of volumes is cut short if fewer patients are tested."""
+    if column.kind == "patients":
+        return (plan.protocol.num_draws,)
+    volumes = plan.k_slices.volumes
+    return range(1, volumes + 1) if isinstance(volumes, int) else (len(volumes),)
+
+
+def _num_folds(plan: Plan) -> int:
+    return plan.protocol.folds or 1
 
 
 def read_results(output: Path, reference: str | None = None) -> Results:
-    """Gather the finished runs of a benchmark.
+    """Gather the finished runs of a benchmark, but those that its plan does not have.
 
     Args:
         output: Its folder.
@@ -120,7 +168,10 @@ def read_results(output: Path, reference: str | None = None) -> Results:
     rows = [row.name for row in plan.rows]
     if reference is not None and reference not in rows:
         raise UserError(f"there is no row {reference!r}; the rows are: {', '.join(rows)}")
-    runs = [run for run in _finished(output) if run.row in rows and run.column in columns(plan)]
+    planned = {column: possible_repetitions(plan, column) for column in columns(plan)}
+    runs = [
+        run for run in _finished(output) if run.row in rows and run.repetition in planned.get(run.column, ())
+    ]
     if not runs:
         raise UserError(f"no run in {output} is finished yet")
     chosen = plan.reference_row if reference is None else reference
@@ -140,8 +191,9 @@ def _cell(plan: Plan, row: str, column: Column, runs: Sequence[FinishedRun], ref
     comparison = None
     if row != reference:
         comparison = compare_paired(_paired(against), _paired(own))
-    dice = Spread.of(trial_dice(run.scores, plan.protocol.kind) for run in own)
-    volume_dice = Spread.of(mean_dice(run.scores, "volume_dice") for run in own)
+    ddof = 0 if plan.protocol.kind == "paper" else 1  # its Table 9 divides by the number of folds
+    dice = Spread.of((trial_dice(run.scores, plan.protocol.kind) for run in own), ddof=ddof)
+    volume_dice = Spread.of((mean_dice(run.scores, "volume_dice") for run in own), ddof=ddof)
     return Cell(row, column, dice, volume_dice, class_dice(scores), comparison, tuple(own))
 
 

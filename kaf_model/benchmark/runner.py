@@ -22,7 +22,7 @@ from kaf_model.benchmark.plan import Plan
 from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult
 from kaf_model.benchmark.runs import Pretraining, Run, all_runs, part_of, read_cohort
 from kaf_model.benchmark.scoring import score_cases
-from kaf_model.benchmark.selection import best_step, keeping_best, read_measurements, steps_between
+from kaf_model.benchmark.selection import Selection, best_step, read_measurements, steps_between
 from kaf_model.benchmark.splits import slices_to_label
 from kaf_model.benchmark.starts import STARTS
 from kaf_model.benchmark.statistics import trial_dice
@@ -153,8 +153,11 @@ class _Workplace:
         folder.claim(run.config())
         start = None if run.pretraining is None else (yield from self._pretrained(run.pretraining))
         labelled = [self._labelled(case, run).without_unlabelled() for case in run.train]
+        selection = self._selection(run, folder, labelled)
+        if selection is not None:
+            yield from selection.measure_saved()
         if not folder.trained:
-            yield from self._train(run, folder, labelled, start)
+            yield from self._train(run, folder, labelled, start, selection)
         model = load_model(self._counting(folder), device=self._fabric.device)
         scores = yield from self._score(run, model)
         folder.write_scores(scores)
@@ -188,7 +191,12 @@ class _Workplace:
         return folder.weights
 
     def _train(
-        self, run: Run, folder: RunFolder, labelled: Sequence[LabelledVolume], start: Path | None
+        self,
+        run: Run,
+        folder: RunFolder,
+        labelled: Sequence[LabelledVolume],
+        start: Path | None,
+        selection: Selection | None,
     ) -> Generator[Progress, None, None]:
         recipe = run.recipe
         work = finetune(
@@ -205,13 +213,19 @@ class _Workplace:
             fabric=self._fabric,
             cache=self._cache,
         )
-        if self._plan.protocol.kind == "paper":
-            num_slices = sum(len(case.statuses) for case in labelled)
-            every = steps_between(self._plan.protocol.select_every, num_slices, recipe.finetune.batch_size)
-            work = keeping_best(work, folder, every, lambda model: self._score(run, model))
+        if selection is not None:
+            work = selection.keeping_best(work)
         with contextlib.closing(work):
             result = yield from work
         folder.write_curve(result.curve)
+
+    def _selection(self, run: Run, folder: RunFolder, labelled: Sequence[LabelledVolume]) -> Selection | None:
+        """How the weights that count are chosen on the tested fold, under the paper's protocol."""
+        if self._plan.protocol.kind != "paper":
+            return None
+        num_slices = sum(len(case.statuses) for case in labelled)
+        every = steps_between(self._plan.protocol.select_every, num_slices, run.recipe.finetune.batch_size)
+        return Selection(folder, every, lambda model: self._score(run, model), self._fabric.device)
 
     def _counting(self, folder: RunFolder) -> Path:
         """The weights that count: of the last step, or, under the paper's protocol, the best."""

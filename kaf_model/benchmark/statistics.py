@@ -19,11 +19,11 @@ DiceField = Literal["dice", "volume_dice"]
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation; nan where there is none.
+    """Mean and standard deviation; nan where there is none.
 
     Attributes:
         mean: Mean.
-        std: Standard deviation of the sample; nan for one value.
+        std: Standard deviation; nan for one value.
         count: Values.
     """
 
@@ -32,14 +32,13 @@ class Spread:
     count: int
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """Of the values that are not nan."""
+    def of(cls, values: Iterable[float], *, ddof: int = 1) -> Spread:
+        """Of the values that are not nan; squares are divided by their number less `ddof`."""
         known = [value for value in values if not math.isnan(value)]
         if not known:
             return cls(math.nan, math.nan, 0)
-        return cls(
-            float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else math.nan, len(known)
-        )
+        std = float(np.std(known, ddof=ddof)) if len(known) > 1 else math.nan
+        return cls(float(np.mean(known)), std, len(known))
 
 
 @dataclass(frozen=True)

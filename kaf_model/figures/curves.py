@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from kaf_model.curve import HELD_OUT
-from kaf_model.figures.style import LINE_COLOURS, SMALL, TEXT, colours
+from kaf_model.figures.style import SMALL, TEXT, line_looks
 
 _NAMES = {"total": "total loss", "pcl": "$L_{PCL}$", "global": "$L_{global}$", "local": "$L_{local}$"}
 
@@ -35,17 +35,15 @@ def curves_figure(runs: Mapping[str, Columns], *, title: str = "") -> Figure:
     figure = Figure(figsize=(2.9 * columns, 2.2 * rows + 0.5), layout="constrained", facecolor="white")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, quantity in zip(panels, quantities, strict=False):
-        for (name, run), colour in zip(runs.items(), colours(len(runs), LINE_COLOURS), strict=True):
+        for (name, run), look in zip(runs.items(), line_looks(len(runs)), strict=True):
             if quantity not in run:
                 continue
             step, values = _points(run, quantity)
             if quantity == HELD_OUT:
-                panel.plot(step, values, color=colour, marker="o", ms=3, lw=1.4, label=name)
+                panel.plot(step, values, **look, marker="o", ms=3, lw=1.4, label=name)
                 continue
-            panel.plot(step, values, color=colour, lw=0.6, alpha=0.3)
-            panel.plot(
-                step, running_mean(values, max(1, len(values) // 20)), color=colour, lw=1.4, label=name
-            )
+            panel.plot(step, values, color=look["color"], lw=0.6, alpha=0.3)
+            panel.plot(step, running_mean(values, max(1, len(values) // 20)), **look, lw=1.4, label=name)
         panel.set_title("Dice on held-out slices" if quantity == HELD_OUT else _NAMES.get(quantity, quantity))
         panel.title.set_fontsize(TEXT)
         panel.set_xlabel("step", fontsize=SMALL)
@@ -78,7 +76,7 @@ def _points(run: Columns, quantity: str) -> tuple[NDArray[np.float64], NDArray[n
 
 
 def _legend(figure: Figure, runs: Mapping[str, Columns]) -> None:
-    lines = [Line2D([], [], color=colour, lw=1.6) for colour in colours(len(runs), LINE_COLOURS)]
+    lines = [Line2D([], [], **look, lw=1.6) for look in line_looks(len(runs))]
     figure.legend(
         lines, list(runs), loc="outside lower center", ncols=min(len(runs), 3), frameon=False, fontsize=SMALL
     )

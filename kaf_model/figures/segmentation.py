@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from kaf_model.figures.style import PANEL, SMALL, TEXT, bare, colours
+from kaf_model.figures.style import LEGEND_COLUMNS, PANEL, SMALL, TEXT, bare, colours
 
 
 def segmentation_contours(
@@ -77,7 +77,7 @@ def segmentation_contours(
         [*lines, truth],
         [*classes.values(), "truth (dashed white)"],
         loc="outside lower center",
-        ncols=len(classes) + 1,
+        ncols=min(len(classes) + 1, LEGEND_COLUMNS),
         frameon=False,
         fontsize=9,
     )
@@ -144,7 +144,7 @@ def segmentation_comparison(
         patches,
         list(classes.values()),
         loc="outside lower center",
-        ncols=len(classes),
+        ncols=min(len(classes), LEGEND_COLUMNS),
         frameon=False,
         fontsize=TEXT,
     )

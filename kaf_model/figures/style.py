@@ -15,9 +15,14 @@ from numpy.typing import NDArray
 
 from kaf_model.errors import UserError
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
-CLASS_COLOURS = ("#56B4E9", "#E69F00", "#F0599D", "#009E73", "#F0E442", "#D55E00", "#0072B2")
+# Okabe and Ito's colours, which people with any colour vision can tell apart; for more classes, others between them.
+CLASS_COLOURS = (
+    *("#56B4E9", "#E69F00", "#F0599D", "#009E73", "#F0E442", "#D55E00", "#0072B2"),
+    *("#B39DFF", "#8B5A2B", "#A6F0C6", "#7A1FA2", "#FFC9A3", "#7D8B00", "#00E5FF"),
+)
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+LINE_STYLES = ("solid", "dashed", "dotted", "dashdot")
+LEGEND_COLUMNS = 7
 MATCHED, UNMATCHED_COLOUR, QUERY = "#009E73", "#D55E00", "#F0E442"
 SEQUENTIAL = "viridis"
 # What is drawn over grey slices must not be dark.
@@ -30,6 +35,15 @@ FORMATS = ("png", "pdf", "svg")
 def colours(count: int, palette: Sequence[str] = CLASS_COLOURS) -> list[str]:
     """The first colours of a palette, from the start again when it ends."""
     return [palette[index % len(palette)] for index in range(count)]
+
+
+def line_looks(count: int) -> list[dict[str, Any]]:
+    """Colours of lines that are to be told apart, and, when the colours begin anew, another style."""
+    styles = [LINE_STYLES[index // len(LINE_COLOURS) % len(LINE_STYLES)] for index in range(count)]
+    return [
+        {"color": colour, "ls": style}
+        for colour, style in zip(colours(count, LINE_COLOURS), styles, strict=True)
+    ]
 
 
 def new_figure(rows: int, columns: int, shape: Sequence[float], *, extra: float = 0.5) -> Figure:

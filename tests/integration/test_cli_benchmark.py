@@ -152,6 +152,9 @@ def test_plans_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", "plans"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == shipped_plans()
+    assert all(line.endswith(".") for line in listed), "a description is cut in the middle of a sentence"
+    (report,) = (line for line in listed if line.startswith("acdc-report "))
+    assert report.endswith("on patients that nothing was chosen on.")
     assert main(["benchmark", "plans", "--show", "quick"]) == 0
     assert capsys.readouterr().out.startswith("name: quick\n")
 

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +18,7 @@ from kaf_model.cli import main
 from kaf_model.cli_views import parse_numbers, parse_whole
 from kaf_model.errors import UserError
 from kaf_model.phantom import write_cohort
+from kaf_model.volume import read_labels, read_volume
 
 SHAPE, SPACING = (5, 41, 60), (8.0, 3.0, 3.0)
 TINY = [
@@ -147,6 +149,31 @@ def test_segmentation(kaf: Kaf, folder: Path, tmp_path: Path) -> None:
     assert ">myocardium<" in text
 
 
+def test_the_figure_shows_what_kaf_segment_writes(
+    kaf: Kaf, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kaf_model.figures
+
+    drawn: list[np.ndarray] = []
+    real = kaf_model.figures.segmentation_comparison
+
+    def noting(images: np.ndarray, reference: np.ndarray, predictions: dict[str, np.ndarray], **options: Any):
+        drawn.extend(predictions.values())
+        return real(images, reference, predictions, **options)
+
+    monkeypatch.setattr(kaf_model.figures, "segmentation_comparison", noting)
+    model, truth = folder / "heart.safetensors", folder / "labels" / "heart_000.nii.gz"
+    line = ["figure", "segmentation", volume(folder), "--model", model, "--labels", truth, "--slices", "1,3"]
+    assert kaf(*line, "-o", tmp_path / "x.png", "--device", "cpu")[0] == 0
+    written, uncleaned = tmp_path / "written.nii.gz", tmp_path / "uncleaned.nii.gz"
+    line = ["segment", volume(folder), "--model", model, "--device", "cpu"]
+    assert kaf(*line, "-o", written)[0] == 0
+    assert kaf(*line, "-o", uncleaned, "--largest-component", "none")[0] == 0
+    shown = read_labels(written, read_volume(volume(folder)))[[1, 3]]
+    assert np.array_equal(drawn[0], shown)
+    assert not np.array_equal(shown, read_labels(uncleaned, read_volume(volume(folder)))[[1, 3]])
+
+
 def test_curves(kaf: Kaf, folder: Path, tmp_path: Path) -> None:
     header = load_header(folder / "heart.safetensors")
     assert [record["curve"]["step"] for record in header["history"]] == [[1, 2, 3], [1, 2, 3]]
@@ -161,6 +188,19 @@ def test_curves(kaf: Kaf, folder: Path, tmp_path: Path) -> None:
     text = path.read_text()
     for legend in ("mine, pretraining", "mine, finetuning", "global", "Dice on held-out slices"):
         assert f">{legend}<" in text
+
+
+def test_each_of_two_finetunings_has_its_curve(kaf: Kaf, folder: Path, tmp_path: Path) -> None:
+    from kaf_model.checkpoint import load_tensors, save_tensors
+
+    twice = tmp_path / "twice.safetensors"
+    header = load_header(folder / "heart.safetensors")
+    header = {**header, "history": [*header["history"], header["history"][-1]]}
+    save_tensors(twice, load_tensors(folder / "heart.safetensors"), header)
+    path = tmp_path / "curves.svg"
+    assert_written(path, kaf("figure", "curves", twice, "-o", path))
+    for legend in ("twice, pretraining", "twice, finetuning 1", "twice, finetuning 2"):
+        assert f">{legend}<" in path.read_text()
 
 
 def test_compute(kaf: Kaf, tmp_path: Path) -> None:

@@ -198,6 +198,15 @@ def test_the_tables_use_the_published_protocol(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", [name for name in shipped_plans() if name.startswith("table-")])
+def test_the_tables_score_what_the_network_says(name: str) -> None:
+    plan = load_plan(name)
+    for row in plan.rows:
+        recipe = row_recipe(plan, row)
+        assert (recipe.segment.largest_component, recipe.segment.propagation) == ("none", 0.0)
+        assert recipe.finetune.pseudo_labels.share == 0
+
+
 def test_the_plan_is_written_and_read_back_the_same() -> None:
     for name in shipped_plans():
         plan = load_plan(name)

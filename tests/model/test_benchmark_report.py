@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from kaf_model.benchmark.cohort import Case
 from kaf_model.benchmark.plan import Plan
 from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult
 from kaf_model.benchmark.report import write_report
-from kaf_model.benchmark.results import read_results
+from kaf_model.benchmark.results import possible_repetitions, read_results
 from kaf_model.benchmark.runs import Column
 from kaf_model.benchmark.scoring import compare, pooled_dice
 from kaf_model.benchmark.statistics import Spread, compare_paired, mean_dice
@@ -109,15 +110,24 @@ def test_only_what_both_have_is_paired() -> None:
     assert (compared.pairs, compared.difference) == (2, pytest.approx(0.3))
 
 
-def write_run(output: Path, row: str, column: Column, draw: int, scores: list[CaseScore]) -> None:
+def write_run(
+    output: Path,
+    row: str,
+    column: Column,
+    draw: int,
+    scores: list[CaseScore],
+    *,
+    fold: int = 0,
+    flops_shape: tuple[int, int] = (48, 64),
+) -> None:
     folder = RunFolder(
-        output / "runs" / row.lower() / f"{column.kind}-{column.count}" / f"fold0-draw{draw}-seed0"
+        output / "runs" / row.lower() / f"{column.kind}-{column.count}" / f"fold{fold}-draw{draw}-seed0"
     )
     folder.claim(
         {
             "row": row,
             "column": {"kind": column.kind, "count": column.count},
-            "fold": 0,
+            "fold": fold,
             "draw": draw,
             "seed": 0,
         }
@@ -127,7 +137,7 @@ def write_run(output: Path, row: str, column: Column, draw: int, scores: list[Ca
         RunResult(
             parameters=1_234_567,
             gigaflops=2.5,
-            flops_shape=(48, 64),
+            flops_shape=flops_shape,
             flops_keypoints=128,
             steps=100 + draw,
             seconds=10.0 + draw,
@@ -151,6 +161,7 @@ def benchmark(tmp_path: Path) -> Path:
             "data": {"layout": "pairs"},
             "protocol": {"test": "odd", "draws": 2},
             "columns": {"patients": [1, 2], "slices": [3]},
+            "k_slices": {"volumes": ["heart_0"]},
             "rows": [{"name": "UNet"}, {"name": "Ours"}, {"name": "Never"}],
             "reference": "Ours",
         }
@@ -186,10 +197,75 @@ def test_the_tables_by_hand(benchmark: Path) -> None:
         in lines
     )
     assert "| Ours | 0.900 |" in lines  # of the whole volume at k = 3: (1 + 0.8) / 2
-    assert "Not finished: UNet at M = 2 (1 done)." in lines
-    assert "Never" not in text
+    assert not [line for line in lines if line.startswith("| Never") and "(" in line]
     assert "of 48 x 64 pixels with 128 keypoints" in text
     assert "on cpu, 2026-01-02," in text
+
+
+def test_what_is_not_finished_is_said_of_every_row_and_column(benchmark: Path) -> None:
+    lines = write_report(benchmark).text.splitlines()
+    start = lines.index("**Not finished**: the repetitions that are done, of those of the plan.")
+    assert lines[start + 2 :] == [
+        "|  | M = 1 | M = 2 | k = 3 |",
+        "| --- | --- | --- | --- |",
+        "| UNet | 2 of 2 | 1 of 2 | 1 of 1 |",
+        "| Never | 0 of 2 | 0 of 2 | 0 of 1 |",
+    ]
+
+
+def test_operations_of_slices_of_different_sizes_are_not_shown_as_of_one(benchmark: Path) -> None:
+    column = Column("patients", 1)
+    write_run(benchmark, "Never", column, 0, [score("heart_1", 0.5)], flops_shape=(96, 96))
+    report = write_report(benchmark)
+    lines = report.text.splitlines()
+    assert [line.split(" | ")[5] for line in lines if line.startswith(("| Ours | **", "| Never | 0.5"))] == [
+        "2.50 (48 x 64)",
+        "2.50 (96 x 96)",
+    ]
+    assert "a forward pass of as many pixels as stand beside it with 128 keypoints" in report.text
+    with open(report.table, newline="") as file:
+        shapes = {line["row"]: line["flops_shape"] for line in csv.DictReader(file)}
+    assert shapes == {"UNet": "48 x 64", "Ours": "48 x 64", "Never": "96 x 96"}
+
+
+def change_plan(benchmark: Path, **changes: Any) -> None:
+    plan = yaml.safe_load((benchmark / "plan.yaml").read_text())
+    (benchmark / "plan.yaml").write_text(yaml.safe_dump(plan | changes))
+
+
+def test_all_rows_can_be_half_done(benchmark: Path) -> None:
+    change_plan(benchmark, protocol={"test": "odd", "draws": 2, "seeds": [0, 1], "combine": "all"})
+    assert "| Ours | 2 of 4 | 2 of 4 | 1 of 2 |" in write_report(benchmark).text.splitlines()
+    change_plan(benchmark, protocol={"folds": 3}, k_slices={"volumes": 6})
+    assert "| Ours | 1 of 3 | 1 of 3 | 1 of at most 18 |" in write_report(benchmark).text.splitlines()
+
+
+def test_runs_that_the_plan_no_longer_has_do_not_count(benchmark: Path) -> None:
+    change_plan(benchmark, protocol={"test": "odd", "draws": 1})
+    results = read_results(benchmark)
+    assert results.cells["UNet", Column("patients", 1)].dice.mean == pytest.approx(0.2)
+    assert results.unfinished_rows() == ["Never"]
+
+
+def test_a_number_of_volumes_may_be_more_than_there_are(benchmark: Path) -> None:
+    plan = read_results(benchmark).plan
+    protocol = {"test": "odd", "seeds": [0, 1, 2]}
+    plan = plan.override(protocol=protocol, k_slices={"volumes": 10})
+    three_seeds_of_two_volumes = {(0, 0, 0), (0, 1, 1), (0, 0, 2)}
+    assert three_seeds_of_two_volumes <= possible_repetitions(plan, Column("slices", 3))
+    assert three_seeds_of_two_volumes - possible_repetitions(plan, Column("patients", 1)) == {(0, 1, 1)}
+
+
+def test_standard_deviations_of_the_papers_protocol_are_those_of_its_tables(benchmark: Path) -> None:
+    folds = [0.2259, 0.2133, 0.3297, 0.311, 0.3516]  # Table 9, M = 2, without KAF: .286(.056)
+    for path in benchmark.rglob("result.json"):
+        path.unlink()
+    for fold, dice in enumerate(folds):
+        write_run(benchmark, "Ours", Column("patients", 1), 0, [score("heart_1", dice)], fold=fold)
+    change_plan(benchmark, protocol={"kind": "paper", "folds": 5}, columns={"patients": [1]})
+    text = write_report(benchmark).text
+    assert "| Ours | **0.286 (0.056)** |" in text
+    assert "divided by n" in text
 
 
 def test_the_csv_by_hand(benchmark: Path) -> None:
@@ -202,6 +278,8 @@ def test_the_csv_by_hand(benchmark: Path) -> None:
     assert float(line["steps"]) == pytest.approx(100.5)
     assert rows["Ours", "patients", "1"]["p_value"] == ""
     assert rows["UNet", "slices", "3"]["dice_std"] == ""
+    line = rows["UNet", "patients", "2"]
+    assert (line["repetitions"], line["planned"]) == ("1", "2")
 
 
 def test_the_curves_show_what_the_table_says(benchmark: Path) -> None:
@@ -214,6 +292,19 @@ def test_the_curves_show_what_the_table_says(benchmark: Path) -> None:
     assert drawn == {"UNet": pytest.approx([0.4, 0.5]), "Ours": pytest.approx([0.6, 0.8])}
     assert [container.lines[0].get_ydata().tolist() for container in right.containers] == [[0.9], [0.8]]
     assert write_report(benchmark).figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_twelve_rows_can_be_told_apart_by_their_curves(benchmark: Path) -> None:
+    from kaf_model.benchmark.curves import learning_curves
+
+    names = [f"row{number}" for number in range(12)]
+    change_plan(benchmark, rows=[{"name": name} for name in names], reference=None)
+    for name in names:
+        write_run(benchmark, name, Column("patients", 1), 0, [score("heart_1", 0.5)])
+    (panel,) = learning_curves(read_results(benchmark)).axes
+    lines = [container.lines[0] for container in panel.containers]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(looks) == 12
 
 
 def test_another_row_can_be_the_reference(benchmark: Path) -> None:

@@ -290,14 +290,43 @@ def test_the_paper_keeps_the_epoch_that_is_best_on_the_fold(paper: Path) -> None
         assert folder.read_result().steps == 4
 
 
+@pytest.mark.parametrize(
+    ("stage", "step", "occurrence"),
+    [("finetuning", 3, 1), ("scoring", 1, 1), ("scoring", 1, 3)],
+    ids=["between measurements", "in the first measurement", "in that of the last step"],
+)
 def test_the_selection_survives_a_stop(
-    paper: Path, hearts: Path, cache: KeypointCache, tmp_path: Path
+    paper: Path, hearts: Path, cache: KeypointCache, tmp_path: Path, stage: str, step: int, occurrence: int
 ) -> None:
-    stop_at(work(paper_plan(), hearts, tmp_path, cache), "finetuning", 3)
+    stop_at(work(paper_plan(), hearts, tmp_path, cache), stage, step, occurrence)
     finish(work(paper_plan(), hearts, tmp_path, cache))
     for name, path in run_folders(tmp_path).items():
-        for file in ("selection.csv", "scores.csv"):
-            assert (path / file).read_text() == (paper / "runs" / name / file).read_text()
+        whole = paper / "runs" / name
+        for file in ("selection.csv", "scores.csv", "curve.csv"):
+            assert (path / file).read_text() == (whole / file).read_text()
+        assert_same_weights(path / "best.safetensors", whole / "best.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    ours, theirs = load_checkpoint(first).weights, load_checkpoint(second).weights
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_measurement_that_is_missing_at_the_last_step_is_made_up_for(
+    hearts: Path, cache: KeypointCache, tmp_path: Path
+) -> None:
+    only_last = {"kind": "paper", "folds": 2, "select_every": 100}
+    plan = tiny(protocol=only_last, rows=TINY["rows"][:1], columns={"patients": [1]})
+    stop_at(work(plan, hearts, tmp_path, cache), "scoring", 1)
+    assert finish(work(plan, hearts, tmp_path, cache))[0] == BenchmarkResult(2, 0, ())
+    for path in run_folders(tmp_path).values():
+        for file in ("result.json", "selection.csv", "best.safetensors"):
+            (path / file).unlink()
+    assert finish(work(plan, hearts, tmp_path, cache))[0] == BenchmarkResult(2, 0, ())
+    for path in run_folders(tmp_path).values():
+        assert [line["step"] for line in read_csv(path / "selection.csv")] == ["4"]
+        assert_same_weights(path / "best.safetensors", path / "model.safetensors")
 
 
 def test_a_run_that_fails_does_not_stop_the_others(

@@ -23,6 +23,7 @@ from kaf_model.figures.from_views import (
     draw_similarity_of,
 )
 from kaf_model.figures.segmentation import slice_dice
+from kaf_model.figures.style import colours
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,14 @@ def test_curves_have_a_panel_for_each_quantity():
     assert dice.lines[0].get_xydata().tolist() == [[2, 0.5], [3, 0.6]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     assert running_mean(np.array([1.0, 3.0, 5.0]), 2).tolist() == [1.0, 2.0, 4.0]
+
+
+def test_a_dozen_trainings_and_classes_can_be_told_apart():
+    runs = {str(number): {"step": [1], "total": [1.0]} for number in range(12)}
+    (panel,) = curves_figure(runs).axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in panel.lines[1::2]}) == 12
+    organs = 13  # of Synapse
+    assert len(set(colours(organs))) == organs
 
 
 def test_costs_are_drawn_against_the_edge():
