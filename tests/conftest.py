@@ -36,6 +36,8 @@ def nothing_left(qapp):
     from napari_kaf.widgets._panel import Panel
 
     before = set(threading.enumerate())
+    gc.collect()
+    gc.freeze()  # what is there already, torch and napari above all, is not looked through again and again
     yield
     assert QThreadPool.globalInstance().waitForDone(30_000), "a worker is still running"
     for _ in range(3):

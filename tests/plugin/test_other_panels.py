@@ -220,19 +220,19 @@ def test_segment_takes_the_voxel_sizes_that_were_given(open_panel, model, qtbot,
         for seed, name in enumerate(("first", "second"))
     )
     session = panel.session
-    session.poll()
-    with pytest.raises(UserError, match="voxel size of first is not known"):
-        panel.start()
-    session.give_spacing((8, 1.5, 1.5))
-    session.choose_volume(second)
+    session.poll()  # works on the one that is seen
     with pytest.raises(UserError, match="voxel size of second is not known"):
         panel.start()
     session.give_spacing((5, 1, 1))
+    session.choose_volume(first)
+    with pytest.raises(UserError, match="voxel size of first is not known"):
+        panel.start()
+    session.give_spacing((8, 1.5, 1.5))
     panel.start()
     finish(panel, qtbot)
     assert [source.volume.spacing for source in asked[0].sources] == [(8, 1.5, 1.5), (5, 1, 1)]
-    session.choose_volume(first)
-    assert session.opened.volume.spacing == (8, 1.5, 1.5)
+    session.choose_volume(second)
+    assert session.opened.volume.spacing == (5, 1, 1)
 
 
 def test_segment_a_folder_into_a_folder(open_panel, small_heart, model, qtbot, tmp_path, notifications):
