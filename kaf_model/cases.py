@@ -37,6 +37,10 @@ def pair_cases(images: Path, labels: Path) -> tuple[list[CaseFiles], list[str]]:
     Raises:
         UserError: If a folder does not exist or nothing pairs.
     """
+    if images.resolve() == labels.resolve():
+        raise UserError(
+            f"images and labels are the same folder, {images}; give that of the label maps as labels"
+        )
     found = {path: _by_name(role, path) for role, path in (("images", images), ("labels", labels))}
     common = sorted(found[images].keys() & found[labels].keys())
     if not common:

@@ -48,7 +48,7 @@ def propagate(
     from kaf_model.labels import ClassMap, SliceStatus
     from kaf_model.propagation import propagate as propagate_case
     from kaf_model.segment_files import volumes_ml
-    from kaf_model.volume import same_grid, write_labels
+    from kaf_model.volume import find_volumes, same_grid, volume_name, write_labels
 
     out = Output()
     statuses = {SliceStatus(status): named for status, named in marks.items()}
@@ -58,6 +58,9 @@ def propagate(
     for target in targets.values():
         if target.exists() and (not overwrite or target.resolve().parent == labels.resolve()):
             raise UserError(f"{target} exists; give another folder, or --overwrite to replace label maps")
+    for volume in find_volumes([images]):
+        if (output / f"{volume_name(volume)}.nii.gz").resolve() == volume.resolve():
+            raise UserError(f"{volume} is an input and would be overwritten; give another folder")
     names = class_names(labels)
     for case in cases:
         classes = ClassMap.of_labels([case], None)

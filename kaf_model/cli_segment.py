@@ -10,7 +10,7 @@ import typer
 
 from kaf_model import cli_options as options
 from kaf_model.cli_options import duration_text
-from kaf_model.cli_progress import Output
+from kaf_model.cli_progress import Interrupted, Output
 from kaf_model.cli_propagate import say_open_ends
 from kaf_model.cli_settings import choose_settings
 from kaf_model.cli_train import say_notice
@@ -100,6 +100,9 @@ def segment(
         raise UserError(
             "--labels needs --slices or --empty to say which slices are finished, and they need it"
         )
+    for text in assignments or ():
+        if not text.strip().startswith("segment."):
+            raise UserError(f"--set {text}: the model brings its own; only segment.FIELD can be set here")
     switches = {"probabilities": probabilities, "uncertainty": uncertainty, "flips": flips}
     given = {"largest_component": largest_component, **{name: on or None for name, on in switches.items()}}
     recipe = choose_settings(None, config, assignments, {"segment": given}).recipe
@@ -135,11 +138,19 @@ def segment(
         cache=cache,
         **reading,
     )
-    done = out.run(work)
+    try:
+        done = out.run(work)
+    except Interrupted as stop:
+        stop.advice = (
+            "interrupted; what is written stays, and the same line with --overwrite does all of it again"
+        )
+        raise
     for case in known.values():
         say_open_ends(out, case)
     if planned[0].labels != output:
-        write_class_names(output, loaded.classes)
+        kept = write_class_names(output, loaded.classes, overwrite=overwrite)
+        if kept:
+            out.line(kept)
     failed = f", {len(done.failed)} failed" if done.failed else ""
     took = duration_text(time.monotonic() - started)
     out.line(f"segmented {len(done.written)} of {len(planned)} volumes in {took}{failed}: {output}")
@@ -167,12 +178,8 @@ def evaluate(
     """Compare label maps with reference label maps: Dice, HD95 in mm, volumes in ml."""
     named = options.parse_classes(classes) if classes is not None else None
 
-    from kaf_model.cases import class_names
-    from kaf_model.evaluate import LABEL_NAMES, evaluate_folders
+    from kaf_model.evaluate import evaluate_folders
 
-    folder = references if references.is_dir() else references.parent
-    if named is None and not (folder / LABEL_NAMES).is_file():
-        named = class_names(folder) or None
     out = Output()
     scores = out.run(evaluate_folders(predictions, references, classes=named))
     out.line(scores.table().rstrip())

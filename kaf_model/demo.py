@@ -189,7 +189,7 @@ def run_demo(
         planned = [plan for plan in planned if plan.volume in unseen]
         segmenting = segment_files(model, planned, recipe.segment, cache=cache)
         yield from _quietly(f"segmenting, {STARTS[name]}", segmenting)
-        write_class_names(predictions, model.classes)
+        write_class_names(predictions, model.classes, overwrite=True)
         scores[name] = yield from _quietly(
             f"evaluating, {STARTS[name]}", evaluate_folders(predictions, output / "unseen" / "labels")
         )

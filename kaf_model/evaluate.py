@@ -13,7 +13,6 @@ Absent classes are stated rather than rewarded or guessed:
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import warnings
@@ -25,6 +24,7 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from kaf_model.cases import class_names
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 from kaf_model.text_files import write_atomically
@@ -205,8 +205,8 @@ def evaluate_folders(
     Args:
         predictions: A folder of label files, or one file.
         references: A folder of label files, or one file. Two single files pair whatever their names.
-        classes: Label values to score and their names; by default those in the references' `labels.json`,
-            if there is one, and every other value found.
+        classes: Label values to score and their names; by default those that are named beside the references, see
+            `class_names`, and every other value found.
 
     Yields:
         Progress in volumes, with each notice as a message.
@@ -221,7 +221,8 @@ def evaluate_folders(
     notices = list(unpaired)
     for notice in notices:
         yield Progress("evaluating", 0, len(pairs), message=notice)
-    names = {} if classes is not None else _read_names(Path(references))
+    folder = Path(references) if Path(references).is_dir() else Path(references).parent
+    names = {} if classes is not None else class_names(folder)
     rows: list[ClassScore] = []
     yield Progress("evaluating", 0, len(pairs))
     for step, (name, prediction, reference) in enumerate(pairs, start=1):
@@ -382,20 +383,6 @@ def _by_name(path: Path) -> dict[str, Path]:
             raise UserError(f"{found[name]} and {file} have the same name; which of them counts?")
         found[name] = file
     return found
-
-
-def _read_names(references: Path) -> dict[int, str]:
-    """Read the names of label values beside the references; without the file there are none."""
-    path = (references if references.is_dir() else references.parent) / LABEL_NAMES
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {int(value): str(name) for value, name in content.items()}
-    except (AttributeError, ValueError) as error:
-        raise UserError(
-            f'{path} must name label values like {{"0": "background", "1": "liver"}}: {error}'
-        ) from error
 
 
 # --- tables ------------------------------------------------------------------------------------------------

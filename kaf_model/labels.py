@@ -14,6 +14,8 @@ from kaf_model.errors import UserError
 from kaf_model.losses import IGNORED
 from kaf_model.volume import Volume
 
+_MOST_UNNAMED = 256
+
 
 class SliceStatus(StrEnum):
     """What a slice's labels mean. A slice without a status is not trained on."""
@@ -117,7 +119,8 @@ class ClassMap:
                 that are painted.
 
         Raises:
-            UserError: If no slice is marked as labelled, or nothing is painted.
+            UserError: If no slice is marked as labelled, nothing is painted, or so many values without names that
+                they are hardly labels.
         """
         if not any(case.statuses for case in cases):
             raise UserError("no slice is marked as labelled; mark at least one as complete, partial or empty")
@@ -125,6 +128,11 @@ class ClassMap:
         values = (set(names) or painted_values(cases)) - {0}
         if not values:
             raise UserError("no class is painted on the labelled slices; paint at least one structure")
+        if not names and len(values) > _MOST_UNNAMED:
+            raise UserError(
+                f"{len(values)} different values are painted, as if images were taken for labels; "
+                "name the classes if there are so many"
+            )
         labels = [ClassLabel(0, names.get(0, "background"))]
         labels += [ClassLabel(value, names.get(value, f"class {value}")) for value in sorted(values)]
         return cls(tuple(labels))

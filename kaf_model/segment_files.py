@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from kaf_model.labels import LabelledVolume
 from kaf_model.progress import Progress
 from kaf_model.propagation import propagate
 from kaf_model.segment import Segmentation, segment
+from kaf_model.text_files import write_atomically
 from kaf_model.volume import (
     Volume,
     find_volumes,
@@ -89,7 +91,8 @@ def plan_outputs(source: Path, output: Path, *, overwrite: bool = False) -> list
     elif format_of(output)[0] or output.is_file():
         raise UserError(f"{output.name}: label maps are written as .nii.gz or .nii, or into a folder")
     else:
-        planned = [Planned(volume, output / f"{volume_name(volume)}{_ENDING}") for volume in volumes]
+        names = _names(source, volumes)
+        planned = [Planned(volume, output / f"{name}{_ENDING}") for volume, name in names.items()]
     inputs = {volume.resolve() for volume in volumes}
     targets: dict[Path, Path] = {}
     for plan in planned:
@@ -104,6 +107,17 @@ def plan_outputs(source: Path, output: Path, *, overwrite: bool = False) -> list
         if other is not plan.volume:
             raise UserError(f"{other} and {plan.volume} would both be segmented into {plan.labels}")
     return planned
+
+
+def _names(source: Path, volumes: Sequence[Path]) -> dict[Path, str]:
+    """Names of volumes, with those of the folders they lie in where two have one name."""
+    names = {volume: volume_name(volume) for volume in volumes}
+    count = Counter(names.values())
+    inner = {volume: volume.relative_to(source).parts[:-1] for volume in volumes if volume != source}
+    return {
+        volume: "_".join([*(inner.get(volume, ()) if count[name] > 1 else ()), name])
+        for volume, name in names.items()
+    }
 
 
 def segment_files(
@@ -167,15 +181,29 @@ def segment_files(
     return SegmentedFiles(tuple(written), tuple(failed))
 
 
-def write_class_names(folder: Path, classes: Sequence[ClassLabel]) -> Path:
-    """Write the names of the label values beside label maps."""
+def write_class_names(folder: Path, classes: Sequence[ClassLabel], *, overwrite: bool) -> str:
+    """Write the names of the label values beside label maps.
+
+    Args:
+        folder: Where the label maps are.
+        classes: The classes.
+        overwrite: Whether other names that are there may be replaced.
+
+    Returns:
+        What is to be told if other names are there and stay, else nothing.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
     path = folder / LABEL_NAMES
+    text = json.dumps({str(label.value): label.name for label in classes}, indent=2) + "\n"
     try:
-        names = {str(label.value): label.name for label in classes}
-        path.write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+        if path.is_file() and not overwrite and path.read_bytes() != text.encode():
+            return f"{path} is not what the model calls its classes and stays; --overwrite replaces it"
+        write_atomically(path, lambda file: file.write(text))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
-    return path
+    return ""
 
 
 def volumes_ml(labels: NDArray[np.integer], volume: Volume, classes: Sequence[ClassLabel]) -> str:

@@ -6,6 +6,7 @@ flipped, as `volume_grid` says. What belongs to a volume is written back on the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kaf_model.errors import VolumeError
+from kaf_model.errors import UserError, VolumeError
 from kaf_model.geometry import is_oblique, largest_shift, obliquity, spacing_of
 from kaf_model.volume_files import PathLike, find_volumes, volume_name
 from kaf_model.volume_grid import Source, choose_source
@@ -191,7 +192,10 @@ def read_volume(
 
     Raises:
         VolumeError: On anything that cannot be read as one volume of finite numbers.
+        UserError: If `fill_nan` is not finite itself.
     """
+    if fill_nan is not None and not math.isfinite(fill_nan):
+        raise UserError(f"voxels that are NaN or infinite can only be set to a finite number, not {fill_nan}")
     stored = open_stored(path)
     frame = _frame(stored, frame)
     source = choose_source(stored, slice_axis, frame)

@@ -29,6 +29,8 @@ def format_of(path: Path) -> tuple[str, str]:
 def volume_name(path: PathLike) -> str:
     """Return the name of a file without its ending: `scan.nii.gz` is "scan"."""
     path = Path(path)
+    if path.name in ("", ".."):  # the folder that one is in
+        path = path.resolve()
     ending = format_of(path)[1]
     return path.name[: -len(ending)] if ending else path.name
 

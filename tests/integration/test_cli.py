@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from kaf_model.config import Recipe
 from kaf_model.errors import UserError
 from kaf_model.phantom import HEART_CLASSES, write_cohort
 from kaf_model.presets import PRESETS
+from kaf_model.segment_files import plan_outputs
 from kaf_model.training_files import resume_path
 
 SHAPE, SPACING = (5, 48, 64), (8.0, 3.0, 3.0)
@@ -211,6 +213,12 @@ def test_propagate_carries_finished_slices_to_the_others(kaf: Kaf, cohort: Path,
     drawn = ("-o", sparse, "--overwrite")
     assert_one_error_line(kaf("propagate", *folders, *finished, *drawn), "heart_100.nii.gz exists")
     assert_one_error_line(kaf("propagate", *folders, "-o", out), "say which slices are finished")
+    scans = tmp_path / "scans"
+    shutil.copytree(cohort / "images", scans)
+    scan = (scans / "heart_100.nii.gz").read_bytes()
+    over = kaf("propagate", "--images", scans, "--labels", sparse, *finished, "-o", scans, "--overwrite")
+    assert_one_error_line(over, "heart_100.nii.gz is an input and would be overwritten")
+    assert (scans / "heart_100.nii.gz").read_bytes() == scan
     nothing = ("--empty", "heart_100:0", "-o", tmp_path / "other")
     assert_one_error_line(kaf("propagate", *folders, *nothing), "no class is painted")
 
@@ -552,7 +560,51 @@ def test_mistakes_in_a_segmentation(cohort: Path, models: Path, tmp_path: Path, 
     array[3, 3, 3] = np.nan
     nib.save(nib.Nifti1Image(array, np.eye(4)), empty / "nan.nii.gz")
     assert_one_error_line(kaf("segment", empty / "nan.nii.gz", *model, "-o", out), "--fill-nan 0")
+    assert_one_error_line(
+        kaf("segment", empty / "nan.nii.gz", *model, "-o", out, "--fill-nan", "nan"), "finite number, not nan"
+    )
     assert kaf("segment", empty / "nan.nii.gz", *model, "-o", out, "--fill-nan", 0).code == 0
+    own = ("--set", "slices.spacing=20")
+    assert_one_error_line(kaf("segment", images, *model, "-o", out, *own), "the model brings its own")
+
+
+def test_names_that_are_beside_segmented_volumes_stay(
+    cohort: Path, models: Path, tmp_path: Path, kaf: Kaf
+) -> None:
+    line = ("segment", cohort / "images", "--model", models / "model.safetensors", "-o", tmp_path)
+    names = tmp_path / "labels.json"
+    names.write_text('{"1": "liver", "2": "spleen"}')
+    run = kaf(*line)
+    assert run.code == 0
+    assert "labels.json is not what the model calls its classes and stays" in run.out
+    assert json.loads(names.read_text()) == {"1": "liver", "2": "spleen"}
+    assert "and stays" not in kaf(*line, "--overwrite").out
+    assert json.loads(names.read_text())["0"] == "background"
+
+
+def test_volumes_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    folders = [tmp_path / patient / "CT" for patient in ("P1", "P2")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "1.dcm").write_bytes(bytes(128) + b"DICM")
+    planned = plan_outputs(tmp_path, tmp_path / "out")
+    assert [plan.labels.name for plan in planned] == ["P1_CT.nii.gz", "P2_CT.nii.gz"]
+    with pytest.MonkeyPatch.context() as inside:
+        inside.chdir(folders[0])
+        (plan,) = plan_outputs(Path(), Path("../out"))
+        assert plan.labels.name == "CT.nii.gz"
+
+
+def test_images_taken_for_labels_are_noticed(cohort: Path, tmp_path: Path, kaf: Kaf) -> None:
+    target = tmp_path / "m.safetensors"
+    same = ("--images", cohort / "images", "--labels", cohort / "images")
+    assert_one_error_line(kaf("finetune", *same, "-o", target, *TINY), "are the same folder")
+    swapped = ("--images", cohort / "labels", "--labels", cohort / "images")
+    for path in (cohort / "images").iterdir():
+        assert np.unique(nib.load(path).dataobj).size > 257
+    assert_one_error_line(
+        kaf("finetune", *swapped, "-o", target, *TINY), "as if images were taken for labels"
+    )
 
 
 def test_mistakes_in_evaluate_info_and_import(cohort: Path, tmp_path: Path, kaf: Kaf) -> None:

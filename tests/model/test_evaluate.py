@@ -242,6 +242,19 @@ def test_folders_pair_by_file_name(folders: tuple[Path, Path]) -> None:
     assert [report.message for report in reports if report.message] == list(scores.notices)
 
 
+@pytest.mark.parametrize("place", ["labels.json", "dataset.json", "../labels.json", "../dataset.json"])
+def test_named_classes_are_not_all_there_are(folders: tuple[Path, Path], place: str) -> None:
+    predictions, references = folders
+    (references / "labels.json").unlink()
+    names = {"background": 0, "heart": 1}
+    content = {"labels": names} if place.endswith("dataset.json") else names
+    (references / place).write_text(json.dumps(content))
+    save(predictions / "a.nii.gz", np.where(blob(1) == 0, 2, blob(1)))
+    _, scores = finish(evaluate_folders(predictions, references))
+    assert [(row.name, row.dice) for row in scores.rows if row.volume == "a"][1:] == [("2", 0.0)]
+    assert scores.rows[0].name == "heart"
+
+
 def test_two_files_pair_whatever_their_names_and_a_file_finds_its_partner(folders: tuple[Path, Path]) -> None:
     predictions, references = folders
     _, scores = finish(evaluate_folders(predictions / "extra.nii.gz", references / "missed.nii.gz"))
