@@ -629,6 +629,22 @@ def test_held_out_dice_is_reported():
     assert [entry["step"] for entry in result.curve if "held-out dice" in entry] == [2, 4, 5]
 
 
+def test_measuring_held_out_slices_is_part_of_the_time_budget(monkeypatch):
+    now = 0.0
+
+    def measure(*_):
+        nonlocal now
+        now += 4
+        return 0.5
+
+    monkeypatch.setattr(engine.time, "monotonic", lambda: now)
+    monkeypatch.setattr(averaging.WeightAverage, "measure", measure)
+    training = FINETUNE.override(holdout=0.5, holdout_every=1, steps=8, time_budget=10.0)
+    _, result = run_finetune(training)
+    assert len(result.curve) == 3
+    assert result.model.history[-1]["seconds"] == 12
+
+
 def test_the_average_of_the_weights_is_handed_over():
     """Decay 0 hands over the last weights; the average starts at the first and forgets it."""
     _, last = run_finetune(FINETUNE.override(averaging=0.0))
