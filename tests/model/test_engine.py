@@ -306,6 +306,11 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
         run_finetune(output=tmp_path / "file" / "m.safetensors")
+    for name in ("m.safetensors", "n.resume.safetensors"):
+        (tmp_path / name).mkdir()
+    for name, taken in (("", tmp_path.name), ("m.safetensors",) * 2, ("n.safetensors", "n.resume")):
+        with pytest.raises(UserError, match=rf"cannot write .*{taken}.*: it is a folder; name a file"):
+            run_finetune(output=tmp_path / name)
 
 
 def test_a_time_budget_ends(monkeypatch):
