@@ -292,6 +292,15 @@ def test_labels_take_the_smallest_type(values, expected, tmp_path):
     assert np.array_equal(read_labels(tmp_path / "labels.nii", volume), labels)
 
 
+@pytest.mark.parametrize("value", [3.4e38, -3.4e38])
+def test_numbers_beyond_any_integer_are_no_labels(value, tmp_path):
+    array = np.zeros((4, 5, 6), np.float32)
+    array[1, 2, 3] = value
+    path = save(nib.Nifti1Image(array, np.diag([1, 1, 5, 1])), tmp_path / "labels.nii")
+    with pytest.raises(VolumeError, match=r"labels\.nii: no integer type holds labels from .*3\.4e\+38"):
+        read_labels(path, read_volume(path))
+
+
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 def test_either_byte_order_and_nifti_version(kind, order, tmp_path):
