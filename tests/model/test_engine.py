@@ -414,6 +414,16 @@ def test_a_slice_that_does_not_fit_is_an_error(monkeypatch):
         run_finetune(FINETUNE.override(batch_size=3))
 
 
+def test_one_of_several_processes_does_not_go_on_in_parts(monkeypatch):
+    """The others would pair the gradients of its parts with those of their whole batch."""
+    fabric = make_fabric("cpu")
+    monkeypatch.setattr(type(fabric), "world_size", 2)
+    sizes = limited(monkeypatch, most=1)
+    with pytest.raises(OutOfMemory, match=r"one of 2 processes.* use a smaller batch_size"):
+        run_finetune(FINETUNE.override(batch_size=4), fabric=fabric)
+    assert sizes == []
+
+
 def test_parts_of_a_batch_give_its_gradient(monkeypatch):
     """Plain cross-entropy without normalisation over the batch would be exact; with it, it is close."""
     training = FINETUNE.override(
