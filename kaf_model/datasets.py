@@ -266,17 +266,18 @@ class PretrainingPairs:
 
 
 def concatenate(batches: Sequence[LabelledBatch]) -> LabelledBatch:
-    """Join labelled batches of one image size."""
+    """Join labelled batches; smaller images are padded at the bottom and right, where nothing is known."""
     longest = max(batch.views.valid.shape[1] for batch in batches)
-    keypoints, valid = [], []
+    height, width = (max(batch.labels.shape[axis] for batch in batches) for axis in (1, 2))
+    images, keypoints, valid, labels = [], [], [], []
     for batch in batches:
+        margin = (0, width - batch.labels.shape[2], 0, height - batch.labels.shape[1])
         missing = longest - batch.views.valid.shape[1]
+        images.append(functional.pad(batch.views.images, margin, mode="replicate"))
         keypoints.append(functional.pad(batch.views.keypoints, (0, 0, 0, missing)))
         valid.append(functional.pad(batch.views.valid, (0, missing)))
-    images = torch.cat([batch.views.images for batch in batches])
-    return LabelledBatch(
-        Views(images, torch.cat(keypoints), torch.cat(valid)), torch.cat([batch.labels for batch in batches])
-    )
+        labels.append(functional.pad(batch.labels, margin, value=IGNORED))
+    return LabelledBatch(Views(torch.cat(images), torch.cat(keypoints), torch.cat(valid)), torch.cat(labels))
 
 
 def _compact_pairs(views: Views, matches0: Tensor, position: Tensor) -> PretrainingBatch:

@@ -36,7 +36,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class OutOfMemory(UserError):
-    """Not even one slice at a time fits the device."""
+    """Not even one slice at a time fits the device, or one of several processes ran out."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -217,7 +217,7 @@ class Trainer:
 
         Raises:
             NonFiniteLoss: If a loss is NaN or infinite; the weights are those before that step.
-            OutOfMemory: If one slice at a time does not fit.
+            OutOfMemory: If one slice at a time does not fit, or the share of one of several processes.
         """
         while not self.finished:
             started = time.monotonic()
@@ -306,6 +306,11 @@ class Trainer:
 
     def _split_batch(self, error: RuntimeError) -> str:
         self.optimizer.zero_grad(set_to_none=True)
+        if self.fabric.world_size > 1:  # the others, which did not run out, would wait for its gradients
+            raise OutOfMemory(
+                f"memory ran out on one of {self.fabric.world_size} processes, which cannot go on in smaller "
+                "parts; use a smaller batch_size, a smaller preset, or smaller crops"
+            ) from error
         if self.micro_batches >= self.config.batch_size:
             raise OutOfMemory(
                 "a single slice does not fit the memory of the device; use the device cpu, a smaller preset, "

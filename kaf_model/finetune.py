@@ -229,7 +229,9 @@ def finetune(
         for progress in trainer.run(batches, stage="finetuning"):
             average.update()
             if held_out and (progress.step % training.holdout_every == 0 or trainer.finished):
+                began = time.monotonic()
                 dice = average.measure(fabric.device)
+                trainer.spend(time.monotonic() - began)
                 trainer.state.curve[-1]["held-out dice"] = dice
                 progress = replace(progress, losses={**progress.losses, "held-out dice": dice})
             yield replace(progress, preview=lambda: _copied(model_now()))

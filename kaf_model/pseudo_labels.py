@@ -162,7 +162,7 @@ class PseudoLabels:
         self._pool = [volume for volume in pool if enough or volume.propagation is not None]
         self._one_piece = [channel for channel, value in enumerate(classes.values) if int(value) in one_piece]
         self._seed = seed
-        self._labels: dict[int, NDArray[np.int8]] = {}
+        self._labels: dict[int, NDArray[np.int16]] = {}
 
     def is_due(self, fraction: float, dice: float) -> bool:
         """Whether the next round is due.
@@ -194,7 +194,7 @@ class PseudoLabels:
         wanted = min(self.config.slices, drawn / USES)
         chosen = order[: int(np.searchsorted(free, wanted)) + 1]
         total = sum(len(self._pool[index].prepared) for index in chosen)
-        labels: dict[int, NDArray[np.int8]] = {}
+        labels: dict[int, NDArray[np.int16]] = {}
         done = 0
         for index in chosen:
             prepared = self._pool[index].prepared
@@ -220,11 +220,11 @@ class PseudoLabels:
         """Go back to what `state` gave; other tensors are passed over."""
         own = {name[7:]: value for name, value in tensors.items() if name.startswith("pseudo.")}
         self.round, self._due = int(own.pop("round")), float(own.pop("due"))
-        self._take({int(index): value.numpy() for index, value in own.items()})
+        self._take({int(index): value.short().numpy() for index, value in own.items()})
 
     def _predict(
         self, volume: UnlabelledVolume, rows: slice, network: InferenceNetwork, device: torch.device
-    ) -> NDArray[np.int8]:
+    ) -> NDArray[np.int16]:
         """Channels (n, H, W) where the model is sure, IGNORED elsewhere."""
         prepared = volume.prepared
         images = np.asarray(prepared.images[rows], dtype=np.float32)
@@ -236,17 +236,17 @@ class PseudoLabels:
             )
         confidence, channels = probabilities.max(1)
         sure = torch.where(confidence >= self.config.confidence, channels, IGNORED)
-        labels: NDArray[np.int8] = sure.to(torch.int8).cpu().numpy()
+        labels: NDArray[np.int16] = sure.to(torch.int16).cpu().numpy()
         return labels
 
-    def _settle(self, volume: UnlabelledVolume, labels: NDArray[np.int8]) -> NDArray[np.int8]:
+    def _settle(self, volume: UnlabelledVolume, labels: NDArray[np.int16]) -> NDArray[np.int16]:
         """Put in what a person painted, then leave out pieces apart from a structure that is in one piece."""
         if volume.known is not None:
-            labels = np.where(volume.known == IGNORED, labels, volume.known).astype(np.int8)
+            labels = np.where(volume.known == IGNORED, labels, volume.known).astype(np.int16)
         keep_largest_components(labels, self._one_piece, fill=IGNORED)
         return labels
 
-    def _take(self, labels: dict[int, NDArray[np.int8]]) -> None:
+    def _take(self, labels: dict[int, NDArray[np.int16]]) -> None:
         self._labels = labels
         self.slices = []
         for index, found in sorted(labels.items()):

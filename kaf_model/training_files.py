@@ -32,6 +32,9 @@ class RunFiles:
             if resume:
                 raise UserError("resuming needs the output file of the interrupted training")
             return
+        for path in (self.output, self.resume):
+            if path.is_dir():
+                raise UserError(f"cannot write {path}: it is a folder; name a file, NAME.safetensors")
         if self.output.suffix != ".safetensors":
             raise UserError(f"checkpoints are named NAME.safetensors, got {self.output.name}")
         if resume and not self.resume.is_file():

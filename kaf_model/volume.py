@@ -342,7 +342,11 @@ def _whole_numbers(view: NDArray[Any], slope: float, intercept: float, path: Pat
             f"{path}: {num_bad} of {view.size} voxels are not whole numbers, so this is no label map; "
             "give the file with the labels"
         )
-    labels = np.empty(view.shape, dtype=smallest_type(low, high))
+    try:
+        dtype = smallest_type(low, high)
+    except VolumeError as error:
+        raise VolumeError(f"{path}: {error}") from error
+    labels = np.empty(view.shape, dtype)
     for target, values in zip(labels, _scaled(view, slope, intercept), strict=True):
         target[...] = values
     return labels

@@ -114,7 +114,7 @@ class NiftiFile:
         self.affine = self._affine(np.asarray(unchecked["pixdim"][1:4], dtype=np.float64))
 
     def _affine(self, pixdim: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the sform, else the qform, else the voxel sizes alone; invertible and in mm."""
+        """Return the sform, else the qform, else the voxel sizes alone: the first invertible one, in mm."""
         header = self.header
         sform_code, qform_code = int(header["sform_code"]), int(header["qform_code"])
         affine = np.asarray(header.get_best_affine(), dtype=np.float64)
@@ -130,14 +130,30 @@ class NiftiFile:
                     "the header has neither sform nor qform: spacing is taken from pixdim, and left, right, "
                     "front and back are unknown"
                 )
-        affine = usable_affine(affine, np.abs(pixdim), self.notices)
         if sform_code > 0 and qform_code > 0:
-            self._compare_forms(affine)
+            if _is_invertible(affine):
+                self._compare_forms(affine)
+            else:
+                affine = self._qform_instead_of(affine)
+        affine = usable_affine(affine, np.abs(pixdim), self.notices)
         unit = header.get_xyzt_units()[0]
         if unit in _MM_PER_UNIT:
             self.notices.append(f"the header gives lengths in units of one {unit}; they are converted to mm")
             affine = np.diag([_MM_PER_UNIT[unit]] * 3 + [1.0]) @ affine
         return affine
+
+    def _qform_instead_of(self, sform: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the qform if it can be used, else the sform as it is."""
+        from nibabel.spatialimages import HeaderDataError
+
+        try:
+            qform = np.asarray(self.header.get_qform(), dtype=np.float64)
+        except (ValueError, HeaderDataError):
+            return sform
+        if not _is_invertible(qform):
+            return sform
+        self.notices.append("the header's sform is singular or not finite; the qform is used")
+        return qform
 
     def _compare_forms(self, sform: NDArray[np.float64]) -> None:
         from nibabel.spatialimages import HeaderDataError
@@ -265,15 +281,20 @@ def usable_affine(
         sizes: Voxel sizes in mm to fall back on; those not positive count as 1.
         notices: Told when the affine had to be replaced.
     """
-    if np.isfinite(affine).all():
-        lengths = np.linalg.norm(affine[:3, :3], axis=0)
-        if lengths.min() > 0 and abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-6:
-            return affine
+    if _is_invertible(affine):
+        return affine
     notices.append("the header's affine is singular or not finite: position and orientation are unknown")
     filled = np.ones(3)
     filled[: len(sizes[:3])] = sizes[:3]
     filled[~(np.isfinite(filled) & (filled > 0))] = 1.0
     return _LPS_TO_RAS @ np.diag([*filled, 1.0])
+
+
+def _is_invertible(affine: NDArray[np.float64]) -> bool:
+    if not np.isfinite(affine).all():
+        return False
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(lengths.min() > 0 and abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-6)
 
 
 def _split_frames(path: Path, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:

@@ -95,8 +95,14 @@ def same_grid(path: PathLike, like: Volume) -> list[str]:
 
 
 def smallest_type(low: int, high: int) -> np.dtype[Any]:
-    """Return the smallest integer type for a range of values, of those that other programs read best."""
-    fits = (kind for kind in _LABEL_TYPES if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
+    """Return the smallest integer type for a range of values, of those that other programs read best.
+
+    Raises:
+        VolumeError: When none holds them all.
+    """
+    fits = [kind for kind in _LABEL_TYPES if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max]
+    if not fits:
+        raise VolumeError(f"no integer type holds labels from {low:g} to {high:g}; give a label map")
     return min(fits, key=lambda kind: kind.itemsize)
 
 

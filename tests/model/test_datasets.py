@@ -15,6 +15,7 @@ from kaf_model.datasets import (
     PretrainingPairs,
     Shard,
     compact,
+    concatenate,
     pad_keypoints,
     stack_padded,
     whole_canvas,
@@ -412,3 +413,24 @@ def test_labelled_batches_depend_on_their_step_only_and_share_out():
         assert torch.allclose(batch.views.images, joint.views.images[rows], atol=1e-5)
         assert torch.equal(batch.labels, joint.labels[rows])
         assert torch.equal(batch.views.valid, joint.views.valid[rows, : batch.views.valid.shape[1]])
+
+
+def test_joined_batches_share_the_largest_canvas():
+    def batch_of(height, width):
+        image = np.random.default_rng(height).normal(size=(height, width)).astype(np.float16)
+        keypoints = np.array([[3, 5], [height - 1, width - 1]], np.float32)[: height // 16]
+        item = LabelledSlice(image, keypoints, np.ones((height, width), np.int64))
+        return LabelledSlices([item], augment=PLAIN, foreground=0, batch_size=1, seed=0).batch(0, CPU)
+
+    tall, wide = batch_of(32, 16), batch_of(16, 48)
+    joined = concatenate([tall, wide])
+    assert joined.views.images.shape == (2, 1, 32, 48)
+    assert torch.equal(joined.views.images[0, :, :, :16], tall.views.images[0])
+    assert torch.equal(joined.views.images[1, :, :16], wide.views.images[0])
+    assert (joined.views.images[1, 0, 16:] == joined.views.images[1, 0, 15]).all()
+    assert (joined.labels[0, :, 16:] == IGNORED).all()
+    assert (joined.labels[0, :, :16] == 1).all()
+    assert (joined.labels[1, 16:] == IGNORED).all()
+    assert (joined.labels[1, :16] == 1).all()
+    assert torch.equal(joined.views.keypoints[1, :1], wide.views.keypoints[0])
+    assert joined.views.valid.tolist() == [[True, True], [True, False]]

@@ -306,6 +306,11 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
         run_finetune(output=tmp_path / "file" / "m.safetensors")
+    for name in ("m.safetensors", "n.resume.safetensors"):
+        (tmp_path / name).mkdir()
+    for name, taken in (("", tmp_path.name), ("m.safetensors",) * 2, ("n.safetensors", "n.resume")):
+        with pytest.raises(UserError, match=rf"cannot write .*{taken}.*: it is a folder; name a file"):
+            run_finetune(output=tmp_path / name)
 
 
 def test_a_time_budget_ends(monkeypatch):
@@ -407,6 +412,16 @@ def test_a_slice_that_does_not_fit_is_an_error(monkeypatch):
     limited(monkeypatch, most=0)
     with pytest.raises(OutOfMemory, match="a single slice does not fit"):
         run_finetune(FINETUNE.override(batch_size=3))
+
+
+def test_one_of_several_processes_does_not_go_on_in_parts(monkeypatch):
+    """The others would pair the gradients of its parts with those of their whole batch."""
+    fabric = make_fabric("cpu")
+    monkeypatch.setattr(type(fabric), "world_size", 2)
+    sizes = limited(monkeypatch, most=1)
+    with pytest.raises(OutOfMemory, match=r"one of 2 processes.* use a smaller batch_size"):
+        run_finetune(FINETUNE.override(batch_size=4), fabric=fabric)
+    assert sizes == []
 
 
 def test_parts_of_a_batch_give_its_gradient(monkeypatch):
@@ -627,6 +642,22 @@ def test_held_out_dice_is_reported():
     assert all(0 <= dice <= 1 for dice in measured.values())
     assert result.model.history[-1]["held_out_dice"] == max(measured.values())
     assert [entry["step"] for entry in result.curve if "held-out dice" in entry] == [2, 4, 5]
+
+
+def test_measuring_held_out_slices_is_part_of_the_time_budget(monkeypatch):
+    now = 0.0
+
+    def measure(*_):
+        nonlocal now
+        now += 4
+        return 0.5
+
+    monkeypatch.setattr(engine.time, "monotonic", lambda: now)
+    monkeypatch.setattr(averaging.WeightAverage, "measure", measure)
+    training = FINETUNE.override(holdout=0.5, holdout_every=1, steps=8, time_budget=10.0)
+    _, result = run_finetune(training)
+    assert len(result.curve) == 3
+    assert result.model.history[-1]["seconds"] == 12
 
 
 def test_the_average_of_the_weights_is_handed_over():

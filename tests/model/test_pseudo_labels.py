@@ -194,6 +194,29 @@ def test_the_state_brings_the_labels_back(monkeypatch):
     assert all(np.array_equal(a.labels, b.labels) for a, b in zip(first.slices, second.slices, strict=True))
 
 
+def test_channels_beyond_128_and_states_saved_in_bytes(monkeypatch):
+    classes = ClassMap(tuple(ClassLabel(value, f"class {value}") for value in range(131)))
+
+    def predict(network, images, positions, device):
+        maps = torch.zeros(len(images), len(classes), *images.shape[1:])
+        maps[:, 130] = 1
+        return maps
+
+    monkeypatch.setattr(pseudo_labels, "predict_slices", predict)
+    first, second = (
+        PseudoLabels(pool_of([], [volume(2)]), classes, CONFIG, one_piece=frozenset({130}), seed=0)
+        for _ in range(2)
+    )
+    finish(first.renew(None, CPU, 0.5))
+    second.load(first.state())
+    for item in (*first.slices, *second.slices):
+        assert (item.labels == 130).all()
+    in_bytes = first.state() | {"pseudo.0": torch.full((2, 32, 48), 3, dtype=torch.int8)}
+    second.load(in_bytes)
+    assert (second.slices[1].labels == 3).all()
+    assert second.state()["pseudo.0"].dtype is torch.int16
+
+
 def test_of_a_long_volume_an_even_selection_is_taken():
     (found,) = pool_of([], [volume(40)])
     assert found.free == (0, 20, 39)

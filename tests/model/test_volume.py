@@ -225,6 +225,25 @@ def test_an_affine_that_cannot_be_used_is_replaced_and_told(row, tmp_path):
     assert (tmp_path / "labels.nii").read_bytes()[280:328] == bytes(content[280:328])
 
 
+@pytest.mark.parametrize("quaternion", [0.0, 2.0])
+def test_without_a_usable_sform_the_qform_is_used(quaternion, tmp_path):
+    path = save(nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), turned(30)), tmp_path / "image.nii")
+    content = bytearray(path.read_bytes())
+    content[280:328] = bytes(48)  # the sform
+    if quaternion:  # longer than 1: the qform is no rotation either
+        content[256:260] = np.float32(quaternion).tobytes()
+    path.write_bytes(bytes(content))
+    volume = read_volume(path)
+    told = " ".join(volume.notices)
+    assert "differ" not in told
+    assert ("the qform is used" in told) == (not quaternion)
+    assert ("orientation are unknown" in told) == bool(quaternion)
+    expected = turned(30) if not quaternion else np.diag([-1.4, -1.4, 8.0, 1])
+    assert np.allclose(volume.source.affine, expected, atol=1e-4)
+    write_labels(tmp_path / "labels.nii", volume.array, volume)
+    assert same_grid(tmp_path / "labels.nii", volume) == []
+
+
 def test_lengths_in_other_units_become_mm(tmp_path):
     image = nib.Nifti1Image(np.zeros((4, 5, 6), dtype=np.int16), np.diag([100, 100, 500, 1]))
     image.header.set_xyzt_units("micron")
@@ -290,6 +309,15 @@ def test_labels_take_the_smallest_type(values, expected, tmp_path):
     write_labels(tmp_path / "labels.nii", labels, volume)
     assert nib.load(tmp_path / "labels.nii").get_data_dtype() == expected
     assert np.array_equal(read_labels(tmp_path / "labels.nii", volume), labels)
+
+
+@pytest.mark.parametrize("value", [3.4e38, -3.4e38])
+def test_numbers_beyond_any_integer_are_no_labels(value, tmp_path):
+    array = np.zeros((4, 5, 6), np.float32)
+    array[1, 2, 3] = value
+    path = save(nib.Nifti1Image(array, np.diag([1, 1, 5, 1])), tmp_path / "labels.nii")
+    with pytest.raises(VolumeError, match=r"labels\.nii: no integer type holds labels from .*3\.4e\+38"):
+        read_labels(path, read_volume(path))
 
 
 @pytest.mark.parametrize("order", "<>")
