@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-import weakref
 from collections.abc import Generator, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from kaf_model.keypoints import Detector, KeypointCache, Keypoints, iter_detect,
 from kaf_model.labels import ClassMap, LabelledVolume
 from kaf_model.progress import Progress
 from kaf_model.slices import Slices
+from kaf_model.temporary_arrays import zeros_on_disk
 from kaf_model.volume import Unreadable, Volume, scan_volumes
 
 IN_MEMORY_LIMIT = 2 * 2**30
@@ -75,12 +74,7 @@ class SliceStore:
         if size <= self.room:
             self.room -= size
             return np.empty(shape, np.float16)
-        folder = tempfile.TemporaryDirectory(prefix="kaf-slices-", ignore_cleanup_errors=True)
-        array = np.lib.format.open_memmap(
-            Path(folder.name) / "slices.npy", mode="w+", dtype=np.float16, shape=shape
-        )
-        weakref.finalize(array, folder.cleanup)
-        return array
+        return zeros_on_disk(shape, "slices")
 
 
 def prepare_volumes(

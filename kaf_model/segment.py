@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-import weakref
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +20,7 @@ from kaf_model.keypoints import KeypointCache, iter_detect, make_detector
 from kaf_model.progress import Progress
 from kaf_model.propagation import Propagation
 from kaf_model.slices import Slices, crop_to, pad_to_multiple
+from kaf_model.temporary_arrays import zeros_on_disk
 from kaf_model.unet import SegmentationNetwork
 from kaf_model.volume import Volume
 from kaf_model.volume_write import smallest_type
@@ -203,9 +201,4 @@ class _MapStore:
     def empty(self, shape: tuple[int, ...]) -> NDArray[np.float16]:
         if 2 * int(np.prod(shape)) <= self.limit:
             return np.zeros(shape, np.float16)
-        folder = tempfile.TemporaryDirectory(prefix="kaf-maps-", ignore_cleanup_errors=True)
-        array = np.lib.format.open_memmap(
-            Path(folder.name) / "map.npy", mode="w+", dtype=np.float16, shape=shape
-        )
-        weakref.finalize(array, folder.cleanup)
-        return array
+        return zeros_on_disk(shape, "maps")

@@ -1,12 +1,16 @@
 """Batches: pure functions of the step, shards of one joint batch, and keypoints that keep their partners."""
 
+import errno
 import gc
+import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from kaf_model import datasets, preparation
+from kaf_model import datasets, temporary_arrays
 from kaf_model.augment import SpatialTransform
 from kaf_model.config import AugmentConfig, CorrespondenceConfig, KeypointConfig, SliceConfig
 from kaf_model.correspondences import UNMATCHED
@@ -133,7 +137,7 @@ def test_only_labelled_slices_are_prepared():
 
 
 def test_slices_beyond_the_limit_lie_in_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(temporary_arrays.tempfile, "tempdir", str(tmp_path))
     store = SliceStore(limit=2 * 100)
     arrays = [store.empty((10, 10)), store.empty((2, 3, 4)), store.empty((5, 4))]
     assert [isinstance(array, np.memmap) for array in arrays] == [False, True, True]
@@ -148,6 +152,35 @@ def test_slices_beyond_the_limit_lie_in_files(tmp_path, monkeypatch):
     gc.collect()
     assert float(part.sum()) == 12  # a part keeps its whole
     del part
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
+def test_files_of_slices_have_their_disk_space(tmp_path, monkeypatch):
+    monkeypatch.setattr(temporary_arrays.tempfile, "tempdir", str(tmp_path))
+    array = SliceStore(limit=0).empty((2, 256, 1024))
+    assert Path(array.filename).stat().st_blocks * 512 >= array.nbytes
+    assert not array.any()
+
+
+def test_without_posix_the_free_space_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(temporary_arrays.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    assert not SliceStore(limit=0).empty((2, 3)).any()
+    monkeypatch.setattr(temporary_arrays.shutil, "disk_usage", lambda path: SimpleNamespace(free=11))
+    with pytest.raises(UserError, match="No space left on device"):
+        SliceStore(limit=0).empty((2, 3))
+
+
+def test_a_disk_that_is_full_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(temporary_arrays.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(temporary_arrays.os, "posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match=r"slices need 3 GiB .*No space left on device.* set TMPDIR"):
+        SliceStore(limit=0).empty((3, 1024, 512, 1024))
     gc.collect()
     assert list(tmp_path.iterdir()) == []
 
