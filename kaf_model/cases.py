@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,23 +116,6 @@ def read_cases(
     return cases
 
 
-def class_names(labels: Path) -> dict[int, str]:
-    """Read the names of label values from labels.json or dataset.json in a folder or the one above it.
-
-    `labels.json` maps values to names; `dataset.json` holds such a map under "labels", in the way of the
-    Medical Segmentation Decathlon ("1": "liver") or of nnU-Net ("liver": 1). Without a file there are none.
-
-    Raises:
-        UserError: If a file is there and does not name classes.
-    """
-    for folder in (labels, labels.resolve().parent):
-        for name in ("labels.json", "dataset.json"):
-            path = folder / name
-            if path.is_file():
-                return _read_names(path)
-    return {}
-
-
 def check_named(cases: Iterable[LabelledVolume], names: Mapping[int, str]) -> None:
     """Check that every label painted on a labelled slice is among the named classes.
 
@@ -189,23 +171,6 @@ def _statuses(marks: SliceMarks, pairs: Sequence[CaseFiles]) -> dict[str, dict[i
                 if own.setdefault(index, status) is not status:
                     raise UserError(f"slice {index} of {name} is named both {own[index]} and {status}")
     return statuses
-
-
-def _read_names(path: Path) -> dict[int, str]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if path.name == "dataset.json":
-            content = content["labels"]
-        names: dict[int, str] = {}
-        for key, value in content.items():
-            text, number = (value, key) if str(key).lstrip("-").isdigit() else (key, value)
-            names[int(number)] = str(text)
-        return names
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(
-            f'{path} must name label values like {{"0": "background", "1": "liver"}}: '
-            f"{type(error).__name__} {error}"
-        ) from error
 
 
 def _listed(names: Iterable[str], most: int = 5) -> str:

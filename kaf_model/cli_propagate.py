@@ -42,9 +42,10 @@ def propagate(
     if not any(marks.values()):
         raise UserError("say which slices are finished, such as --slices patient_01:3,5,7")
 
-    from kaf_model.cases import class_names, read_cases
+    from kaf_model.cases import read_cases
     from kaf_model.checkpoint import ClassLabel
     from kaf_model.config import SliceConfig
+    from kaf_model.label_names import class_names
     from kaf_model.labels import ClassMap, SliceStatus
     from kaf_model.propagation import propagate as propagate_case
     from kaf_model.segment_files import volumes_ml

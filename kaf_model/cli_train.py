@@ -151,10 +151,11 @@ def finetune(
     names = [name for text in cases for name in text.split(",")] if cases is not None else None
     named = options.parse_classes(classes) if classes is not None else None
 
-    from kaf_model.cases import check_named, class_names, read_cases
+    from kaf_model.cases import check_named, read_cases
     from kaf_model.checkpoint import load_checkpoint
     from kaf_model.finetune import finetune as finetune_on
     from kaf_model.keypoints import KeypointCache
+    from kaf_model.label_names import class_names
     from kaf_model.labels import SliceStatus
     from kaf_model.volume_queue import VolumeFiles
 

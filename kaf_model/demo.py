@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from kaf_model.cases import class_names, read_cases
+from kaf_model.cases import read_cases
 from kaf_model.checkpoint import Model
 from kaf_model.config import ModelConfig, Recipe
 from kaf_model.demo_volume import RestOfVolume, segment_rest
@@ -28,6 +28,7 @@ from kaf_model.evaluate import Scores, evaluate_folders
 from kaf_model.figures import segmentation_contours
 from kaf_model.finetune import finetune
 from kaf_model.keypoints import KeypointCache
+from kaf_model.label_names import class_names
 from kaf_model.labels import SliceStatus
 from kaf_model.phantom import HEART_CLASSES, write_cohort
 from kaf_model.pretrain import pretrain

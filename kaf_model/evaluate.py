@@ -24,15 +24,14 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from kaf_model.cases import class_names
 from kaf_model.errors import UserError
+from kaf_model.label_names import class_names
 from kaf_model.progress import Progress
 from kaf_model.text_files import write_atomically
 from kaf_model.volume import find_volumes, read_labels, read_volume, volume_name
 
 BACKGROUND = 0
 MAP_ENDINGS = ("_probabilities", "_uncertainty")  # of maps that a segmentation writes beside its labels
-LABEL_NAMES = "labels.json"  # beside label files: {"0": "background", "1": "right ventricle", ...}
 
 Labels = NDArray[np.integer]
 Box = tuple[slice, slice, slice]

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from kaf_model.checkpoint import ClassLabel, Model
 from kaf_model.config import SegmentConfig
 from kaf_model.errors import UserError, VolumeError
-from kaf_model.evaluate import LABEL_NAMES, MAP_ENDINGS
+from kaf_model.evaluate import MAP_ENDINGS
 from kaf_model.keypoints import KeypointCache
+from kaf_model.label_names import LABEL_NAMES
 from kaf_model.labels import LabelledVolume
 from kaf_model.progress import Progress
 from kaf_model.propagation import propagate

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kaf_model.benchmark.cohort import Case, Cohort, cohort_of
-from kaf_model.cases import class_names
 from kaf_model.errors import UserError
+from kaf_model.label_names import class_names
 from kaf_model.volume_files import volume_name
 
 

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 from kaf_model.benchmark.cohort import Case, Cohort, cohort_of
-from kaf_model.cases import class_names, pair_cases
+from kaf_model.cases import pair_cases
+from kaf_model.label_names import class_names
 from kaf_model.volume import find_volumes, volume_name
 
 
