@@ -74,7 +74,7 @@ class Autosave:
         return self._owners.setdefault(layer, new_owner())
 
     def inherit(self, layer: object, former: object) -> None:
-        """Take in that a layer goes on from another of this session."""
+        """Take in that a layer goes on from another that was drawn on before."""
         self._owners[layer] = self.owner(former)
 
     def restored(self, layer: object, saved: Snapshot) -> None:

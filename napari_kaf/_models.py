@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,7 @@ import safetensors
 
 from kaf_model.errors import UserError
 from napari_kaf._paths import models_folder
-from napari_kaf._runs import Run, RunStore
-
-_HEADER = "napari-kaf"
+from napari_kaf._runs import Run, RunStore, checkpoint_header
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,7 @@ def read_choice(path: Path, name: str = "") -> ModelChoice:
         UserError: If it is missing, broken, or not one of ours.
     """
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {})[_HEADER])
+        header = checkpoint_header(path)
         kind, history = str(header["kind"]), list(header["history"])
         about = "; then ".join(_told(record) for record in history) or "no record of its training"
         classes = [str(label["name"]) for label in header["classes"] if label["value"]]

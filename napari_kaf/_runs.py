@@ -143,7 +143,7 @@ class RunStore:
     def class_names(self, run: Run) -> dict[int, str]:
         """What the values of a run's result are, as its model knows them; nothing if that cannot be read."""
         try:
-            classes = _header(self.model_path(run.key))["classes"]
+            classes = checkpoint_header(self.model_path(run.key))["classes"]
             return {int(label["value"]): str(label["name"]) for label in classes}
         except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError):
             return {}
@@ -180,6 +180,18 @@ class RunStore:
         os.replace(temporary, path)
 
 
+def checkpoint_header(model: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        OSError, SafetensorError: If it is missing or broken.
+        KeyError: If it is not one of ours.
+    """
+    with safetensors.safe_open(model, framework="np") as file:
+        header: dict[str, Any] = json.loads((file.metadata() or {})[_HEADER])
+    return header
+
+
 def _read_run(model: Path) -> Run | None:
     """What is known of the run of a checkpoint."""
     path = model.with_suffix(".json")
@@ -195,7 +207,7 @@ def _read_run(model: Path) -> Run | None:
 
 def _interrupted(model: Path) -> Run:
     """A run whose program ended before it could say anything of it."""
-    record: dict[str, Any] = _header(model)["history"][-1]
+    record: dict[str, Any] = checkpoint_header(model)["history"][-1]
     slices = (name.rsplit(":", 2)[1:] for name in record["labelled_slices"])
     return Run(
         key=model.stem,
@@ -209,10 +221,3 @@ def _interrupted(model: Path) -> Run:
         start="what its model tells",
         device=record["device"],
     )
-
-
-def _header(model: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself."""
-    with safetensors.safe_open(model, framework="np") as file:
-        header: dict[str, Any] = json.loads((file.metadata() or {})[_HEADER])
-    return header
