@@ -60,5 +60,5 @@ $(VENV)/installed-viewer: $(SETTINGS) | $(VENV)/created
 	touch $@ $(VENV)/installed-engine
 
 $(VENV)/installed-tests: $(SETTINGS) | $(VENV)/created
-	$(PIP_INSTALL) -e ".[test,dicom,superpoint]"
+	$(PIP_INSTALL) -e ".[test,superpoint]"
 	touch $@ $(VENV)/installed-engine

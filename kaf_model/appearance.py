@@ -72,7 +72,7 @@ class Appearance:
         if z in self._histograms or not len(places):
             return log_shapes
         bins = self._bins(z).take(places)  # (n,)
-        learnt = self._learnt(z)
+        learnt, any_structure = self._learnt(z), _histogram(bins)
         room = _smooth(near.astype(np.float32)).take(places)
         shapes = log_shapes.reshape(len(log_shapes), -1).take(places, axis=1)  # (K, n)
         combined = shapes
@@ -81,6 +81,10 @@ class Appearance:
             for channel, (histogram, probability) in enumerate(zip(learnt, np.exp(combined), strict=True)):
                 own = _histogram(bins, probability)
                 known = [part for part in (histogram, own) if part is not None]
+                if not known and any_structure is not None:
+                    known = [
+                        any_structure
+                    ]  # too small to be known: as likely by its intensities as any other
                 if known:
                     mixed = known[0] if len(known) == 1 else (1 - _OWN) * known[0] + _OWN * known[1]
                     fit[channel, places] = np.log(mixed).astype(np.float32).take(bins)

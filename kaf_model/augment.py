@@ -129,31 +129,6 @@ class SpatialTransform:
             output_size=output_size,
         )
 
-    @staticmethod
-    def concatenate(transforms: Sequence[SpatialTransform]) -> SpatialTransform:
-        """Join batches that have one output size."""
-        output_sizes = {transform.output_size for transform in transforms}
-        if len(output_sizes) != 1:
-            raise ValueError(f"transforms must share one output size, got {sorted(output_sizes)}")
-        (output_size,) = output_sizes
-        displacement = None
-        if any(transform.displacement is not None for transform in transforms):
-            displacement = torch.cat(
-                [
-                    transform.matrix.new_zeros(len(transform.sizes), 2, *output_size)
-                    if transform.displacement is None
-                    else transform.displacement
-                    for transform in transforms
-                ]
-            )
-        return SpatialTransform(
-            matrix=torch.cat([transform.matrix for transform in transforms]),
-            offset=torch.cat([transform.offset for transform in transforms]),
-            displacement=displacement,
-            sizes=torch.cat([transform.sizes for transform in transforms]),
-            output_size=output_size,
-        )
-
     def select(self, indices: slice | Sequence[int] | Tensor) -> SpatialTransform:
         """Return the maps of some slices of the batch, e.g. the share of one rank."""
         rows = torch.arange(len(self.sizes))[indices.cpu() if isinstance(indices, Tensor) else indices]

@@ -61,6 +61,7 @@ def read_cases(
     *,
     names: Sequence[str] | None = None,
     marks: SliceMarks | None = None,
+    tell_unpaired: bool = True,
     **reading: Any,
 ) -> Generator[Progress, None, list[LabelledVolume]]:
     """Read labelled cases.
@@ -71,6 +72,7 @@ def read_cases(
         names: Cases to use, with or without file ending; None uses all. A chosen case that cannot be read
             is an error; among all it is named and passed over.
         marks: The slices that count as labelled; None or empty counts all slices of the cases as complete.
+        tell_unpaired: Whether to say which images have no label map, and the other way round.
         **reading: As for `read_volume`.
 
     Yields:
@@ -83,9 +85,9 @@ def read_cases(
         UserError: If a name is unknown, a slice is named twice, or no case is left.
     """
     pairs, notices = pair_cases(images, labels)
-    for notice in notices:
-        yield Progress("reading", 0, len(pairs), message=notice)
     statuses = _statuses(marks or {}, pairs)
+    for notice in notices if tell_unpaired else []:
+        yield Progress("reading", 0, len(pairs), message=notice)
     chosen = _choose(names, pairs)
     if statuses:
         outside = sorted(statuses.keys() - {case.name for case in chosen})
@@ -116,8 +118,17 @@ def read_cases(
     return cases
 
 
-def check_named(cases: Iterable[LabelledVolume], names: Mapping[int, str]) -> None:
+def check_named(
+    cases: Iterable[LabelledVolume],
+    names: Mapping[int, str],
+    advice: str = "name it as well or correct the labels",
+) -> None:
     """Check that every label painted on a labelled slice is among the named classes.
+
+    Args:
+        cases: Labelled volumes.
+        names: By value.
+        advice: What to do about one that is not.
 
     Raises:
         UserError: Naming the first that is not.
@@ -129,7 +140,7 @@ def check_named(cases: Iterable[LabelledVolume], names: Mapping[int, str]) -> No
                 known = ", ".join(f"{value}={name}" for value, name in sorted(names.items()))
                 raise UserError(
                     f"slice {z} of {case.volume.name} has label {unknown[0]}, which is not among the classes "
-                    f"{known}; name it as well or correct the labels"
+                    f"{known}; {advice}"
                 )
 
 

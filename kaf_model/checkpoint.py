@@ -23,6 +23,7 @@ from kaf_model.errors import UserError
 from kaf_model.unet import SegmentationNetwork, build_network
 
 FORMAT = 1
+_WITHOUT_EFFECT = ("divisor",)  # settings of slices that older checkpoints name and that never did anything
 _HEADER = "napari-kaf"
 _PACKAGES = ("napari-kaf", "torch", "numpy", "opencv-python-headless", "nibabel", "monai")
 
@@ -231,11 +232,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} has format {header['format']}, this napari-kaf reads up to {FORMAT}: update napari-kaf"
         )
     try:
+        slices = {name: value for name, value in header["slices"].items() if name not in _WITHOUT_EFFECT}
         return Checkpoint(
             header["kind"],
             load_tensors(path),
             ModelConfig.model_validate(header["model"]),
-            SliceConfig.model_validate(header["slices"]),
+            SliceConfig.model_validate(slices),
             KeypointConfig.model_validate(header["keypoints"]),
             tuple(ClassLabel(**label) for label in header["classes"]),
             header["statistics"],

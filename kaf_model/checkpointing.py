@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kaf_model.attention import AttentionBlock
+from kaf_model.fusion import KafLayer
 from kaf_model.normalization import BatchNorm, recomputation
 from kaf_model.unet import Decoder
 
@@ -19,20 +20,23 @@ from kaf_model.unet import Decoder
 def checkpoint_activations(network: nn.Module) -> int:
     """Make the attention blocks and the normalised convolution blocks of a network recompute, in place.
 
-    Those of a decoder also recompute what they read: the upsampled map beside the encoder's. Parameters keep
-    their names.
+    Those of a decoder also recompute what they read: the upsampled map beside the encoder's; those of a KAF layer
+    the map that its keypoints are scattered into. Parameters keep their names.
 
     Returns:
         How many blocks it was.
     """
     decoders = [module for module in network.modules() if isinstance(module, Decoder)]
-    joined = {block for decoder in decoders for block in decoder.blocks}
-    blocks = [module for module in network.modules() if _is_block(module) and module not in joined]
+    fusions = [module for module in network.modules() if isinstance(module, KafLayer)]
+    inner = {block for decoder in decoders for block in decoder.blocks} | {one.diffusion for one in fusions}
+    blocks = [module for module in network.modules() if _is_block(module) and module not in inner]
     for block in blocks:
         block.forward = _Recomputing(block.forward)
     for decoder in decoders:
         decoder.join = _Recomputing(decoder.join)  # type: ignore[method-assign, assignment]
-    return len(blocks) + len(joined)
+    for fusion in fusions:
+        fusion.spread = _Recomputing(fusion.spread)  # type: ignore[method-assign, assignment]
+    return len(blocks) + len(inner)
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -77,7 +77,7 @@ def keypoints(
     chosen = parse_whole("--slices", slices) if slices is not None else None
     view = view_of(output, source, model, preset, config, assignments, (frame, slice_axis, fill_nan))
     if chosen is None:
-        chosen = with_neighbour(view.volume, None, 1)
+        chosen = with_neighbour(view.volume, None, 1) if view.volume.num_slices > 1 else [0]
     check_slices(view.volume, chosen)
 
     from kaf_model.figures.from_views import draw_keypoints_of
@@ -93,15 +93,27 @@ def correspondences(
     slice_index: Slice = None,
     distance: Distance = 1,
     radius: Annotated[
-        float, typer.Option("--radius", metavar="PIXELS", min=0.1, help="Largest Manhattan distance.")
-    ] = 30.0,
+        float | None,
+        typer.Option(
+            "--radius",
+            metavar="PIXELS",
+            min=0.1,
+            help="Largest Manhattan distance; without it that of pretrain.correspondences, 30.",
+        ),
+    ] = None,
     radii: Annotated[
         str | None,
         typer.Option("--radii", metavar="5,10,20", help="Draw one panel for each of these radii instead."),
     ] = None,
     ratio: Annotated[
         float | None,
-        typer.Option("--ratio", metavar="0-1", min=0.01, max=1.0, help="Lowe's ratio; without it, off."),
+        typer.Option(
+            "--ratio",
+            metavar="0-1",
+            min=0.01,
+            max=1.0,
+            help="Lowe's ratio; without it that of pretrain.correspondences, off.",
+        ),
     ] = None,
     probability: Annotated[
         float,
@@ -127,13 +139,14 @@ def correspondences(
     view = view_of(output, source, model, preset, config, assignments, (frame, slice_axis, fill_nan))
     z0, z1 = with_neighbour(view.volume, slice_index, distance)
 
-    from kaf_model.config import CorrespondenceConfig
     from kaf_model.figures.from_views import draw_correspondences_of, draw_radii_of
 
+    rule = choose_settings(preset, config, assignments).recipe.pretrain.correspondences
+    given = {"radius": radius, "ratio": ratio}
+    rule = rule.override(**{name: value for name, value in given.items() if value is not None})
     if row is not None:
-        figure = draw_radii_of(view, z0, z1, row, ratio=ratio, title=title)
+        figure = draw_radii_of(view, z0, z1, row, ratio=rule.ratio, title=title)
     else:
-        rule = CorrespondenceConfig(radius=radius, ratio=ratio)
         figure = draw_correspondences_of(view, z0, z1, rule, seed=seed, probability=probability, title=title)
     _save(
         figure,
@@ -266,7 +279,7 @@ def segmentation(
         volume.array[chosen],
         truth[chosen],
         predictions,
-        classes=_classes(next(iter(named.values())).classes, truth[chosen]),
+        classes=_classes([label for one in named.values() for label in one.classes], truth[chosen]),
         spacing=volume.spacing[1:],
         slice_names=[f"slice {z}" for z in chosen],
         title=title,
@@ -333,11 +346,14 @@ def compute(
     check_output(output)
     recipe = choose_settings(preset, None, None, {}).recipe
 
-    from kaf_model.compute import measure_costs
+    from kaf_model.compute import DEVICES, measure_costs
     from kaf_model.engine import choose_device
     from kaf_model.figures import compute_figure
 
     out = Output()
+    where = choose_device(device)
+    if device == "auto" and where.type not in DEVICES:
+        where = choose_device("cpu")
     costs = out.run(
         measure_costs(
             recipe.model,
@@ -345,7 +361,7 @@ def compute(
             blocks=counts,
             num_keypoints=num_keypoints,
             training=training,
-            device=choose_device(device),
+            device=where,
         )
     )
     lines = ["network      blocks   edge    GFLOP   MiB at most   parameters"]
@@ -366,14 +382,14 @@ def _numbered(stages: Sequence[str]) -> list[str]:
 
 
 def _classes(classes: Sequence[ClassLabel], truth: object) -> dict[int, str]:
-    """Names of the classes of a model, and values that only the truth has."""
+    """Names of the classes of models, the first one's where they differ, and values that only the truth has."""
     import numpy as np
 
-    named = {label.value: label.name for label in classes[1:]}
+    named = {label.value: label.name for label in reversed(classes) if label.value}
     others = {
         int(value): str(value) for value in np.unique(np.asarray(truth)) if value and value not in named
     }
-    return named | others
+    return dict(sorted((named | others).items()))
 
 
 def _save(figure: Figure, output: Path, lines: Sequence[str]) -> None:

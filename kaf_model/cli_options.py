@@ -179,9 +179,10 @@ def parse_slices(text: str) -> tuple[str, list[int]]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not (name and colon and match):
             raise UserError(f"slices are named like patient_01:3,5,7-9; got {text!r}")
-        slices += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if not slices:
-        raise UserError(f"a range of slices runs upwards, like 3-5; got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"a range of slices runs upwards, like 3-5; got {text!r}")
+        slices += range(first, last + 1)
     return name, slices
 
 

@@ -56,8 +56,10 @@ def propagate(
     reading: dict[str, Any] = {"frame": frame, "slice_axis": slice_axis, "fill_nan": fill_nan}
     cases = out.run(read_cases(images, labels, marks=statuses, **reading))
     targets = {case.volume.name: output / f"{case.volume.name}.nii.gz" for case in cases}
+    if output.resolve() == labels.resolve():
+        raise UserError(f"{labels} holds what was drawn; write the label maps into another folder")
     for target in targets.values():
-        if target.exists() and (not overwrite or target.resolve().parent == labels.resolve()):
+        if target.exists() and not overwrite:
             raise UserError(f"{target} exists; give another folder, or --overwrite to replace label maps")
     for volume in find_volumes([images]):
         if (output / f"{volume_name(volume)}.nii.gz").resolve() == volume.resolve():

@@ -79,6 +79,14 @@ def segment(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace label maps that are already in OUT.")
     ] = False,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            metavar="",
+            help="Leave label maps that are already in OUT, and segment the other volumes.",
+        ),
+    ] = False,
     largest_component: Annotated[
         str | None,
         typer.Option(
@@ -107,7 +115,7 @@ def segment(
     given = {"largest_component": largest_component, **{name: on or None for name, on in switches.items()}}
     recipe = choose_settings(None, config, assignments, {"segment": given}).recipe
 
-    from kaf_model.cases import read_cases
+    from kaf_model.cases import check_named, read_cases
     from kaf_model.checkpoint import load_model
     from kaf_model.engine import choose_device
     from kaf_model.keypoints import KeypointCache
@@ -115,7 +123,14 @@ def segment(
     from kaf_model.segment_files import plan_outputs, segment_files, write_class_names
     from kaf_model.volume import volume_name
 
-    planned = plan_outputs(source, output, overwrite=overwrite)
+    if overwrite and skip_existing:
+        raise UserError(
+            "--overwrite replaces label maps that are there, --skip-existing leaves them: give one"
+        )
+    planned = plan_outputs(source, output, overwrite=overwrite or skip_existing)
+    if labels is not None and any(plan.labels.resolve().parent == labels.resolve() for plan in planned):
+        raise UserError(f"{labels} holds what was drawn; write the label maps into another folder")
+    todo = [plan for plan in planned if not (skip_existing and plan.labels.exists())]
     loaded = load_model(model, device=choose_device(device))
     out = Output()
     started = time.monotonic()
@@ -125,35 +140,35 @@ def segment(
     if labels is not None:
         images = source if len(planned) > 1 or planned[0].volume != source else source.parent
         statuses = {SliceStatus(status): named for status, named in marks.items()}
-        for case in out.run(read_cases(images, labels, marks=statuses, **reading)):
+        for case in out.run(read_cases(images, labels, marks=statuses, tell_unpaired=False, **reading)):
             known[case.volume.name] = case
         unused = sorted(known.keys() - {volume_name(plan.volume) for plan in planned})
         if unused:
             raise UserError(f"slices of {unused[0]} are named, which is not segmented")
-    work = segment_files(
-        loaded,
-        planned,
-        recipe.segment,
-        labelled=known,
-        cache=cache,
-        **reading,
-    )
+        names = {label.value: label.name for label in loaded.classes}
+        check_named(known.values(), names, advice="take a model that knows it, or correct the labels")
+    if not todo:
+        out.line(f"all {len(planned)} label maps are there: {output}")
+        return
+    work = segment_files(loaded, todo, recipe.segment, labelled=known, cache=cache, **reading)
     try:
         done = out.run(work)
     except Interrupted as stop:
-        stop.advice = (
-            "interrupted; what is written stays, and the same line with --overwrite does all of it again"
-        )
+        stop.advice = "interrupted; the same line does it again"
+        if len(planned) > 1 and not overwrite:
+            stop.advice = "interrupted; label maps that are written stay: go on with --skip-existing"
         raise
-    for case in known.values():
-        say_open_ends(out, case)
+    for plan in todo:
+        if volume_name(plan.volume) in known:
+            say_open_ends(out, known[volume_name(plan.volume)])
     if planned[0].labels != output:
         kept = write_class_names(output, loaded.classes, overwrite=overwrite)
         if kept:
             out.line(kept)
+    there = f", {len(planned) - len(todo)} were there" if len(todo) < len(planned) else ""
     failed = f", {len(done.failed)} failed" if done.failed else ""
     took = duration_text(time.monotonic() - started)
-    out.line(f"segmented {len(done.written)} of {len(planned)} volumes in {took}{failed}: {output}")
+    out.line(f"segmented {len(done.written)} of {len(planned)} volumes in {took}{there}{failed}: {output}")
     say_notice(out, cache.notice)
 
 
@@ -174,6 +189,7 @@ def evaluate(
             help="Classes to score; without it those of labels.json or dataset.json, and all others found.",
         ),
     ] = None,
+    frame: options.Frame = None,
 ) -> None:
     """Compare label maps with reference label maps: Dice, HD95 in mm, volumes in ml."""
     named = options.parse_classes(classes) if classes is not None else None
@@ -181,7 +197,7 @@ def evaluate(
     from kaf_model.evaluate import evaluate_folders
 
     out = Output()
-    scores = out.run(evaluate_folders(predictions, references, classes=named))
+    scores = out.run(evaluate_folders(predictions, references, classes=named, frame=frame))
     out.line(scores.table().rstrip())
     if output is not None:
         try:

@@ -96,7 +96,10 @@ def preset_name(name: str | None) -> PresetName:
 
 def settings_yaml(recipe: Recipe) -> str:
     """Return every setting with its description, as YAML that `--config` reads."""
-    return "\n".join(_yaml_lines(recipe, 0)) + "\n"
+    return "\n".join([_KEEP_FEW, "", *_yaml_lines(recipe, 0)]) + "\n"
+
+
+_KEEP_FEW = "# Keep only the lines that you change: whatever --config is given counts as asked for."
 
 
 def _yaml_lines(settings: Settings, depth: int) -> Iterator[str]:

@@ -54,6 +54,7 @@ def pretrain(
     from kaf_model.pretrain import pretrain as pretrain_on
     from kaf_model.volume_queue import VolumeFiles
 
+    _check_interrupted(output, resume)
     volumes = VolumeFiles(inputs, frame=frame, slice_axis=slice_axis, fill_nan=fill_nan)
     cache = KeypointCache()
     work = pretrain_on(
@@ -159,6 +160,9 @@ def finetune(
     from kaf_model.labels import SliceStatus
     from kaf_model.volume_queue import VolumeFiles
 
+    if start is not None and start.resolve() == output.resolve():
+        raise UserError(f"{output} is the start and would be overwritten; give another output")
+    _check_interrupted(output, resume)
     out = Output()
     fabric = _fabric(device, precision)
     origin = load_checkpoint(start) if start is not None else None
@@ -207,6 +211,17 @@ def finetune(
     _say_what_was_trained(out, output, result.model.history[-1], result.curve)
     say_notice(out, cache.notice)
     out.line(f"next: kaf segment VOLUME_OR_DIR --model {output} -o OUT")
+
+
+def _check_interrupted(output: Path, resume: bool) -> None:
+    """Refuse to begin anew where an interrupted training waits to be resumed."""
+    from kaf_model.training_files import resume_path
+
+    if not resume and resume_path(output).is_file():
+        raise UserError(
+            f"{output} is of an interrupted training: go on with --resume, give another output, or remove "
+            f"{resume_path(output)} to start over"
+        )
 
 
 def _fabric(device: str, precision: str) -> Fabric:

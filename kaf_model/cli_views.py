@@ -75,9 +75,10 @@ def parse_whole(option: str, text: str) -> list[int]:
         match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
         if not match:
             raise UserError(f"{option} takes whole numbers such as 3,4; got {text!r}")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if not found:
-        raise UserError(f"{option}: a range runs upwards, like 3-5; got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"{option}: a range runs upwards, like 3-5; got {text!r}")
+        found += range(first, last + 1)
     return found
 
 
@@ -100,6 +101,10 @@ def load_explorers(
     loaded = {name: Explorer.load(path, device=where) for name, path in named_files(models).items()}
     if not untrained:
         return loaded
+    if "untrained" in loaded:
+        raise UserError(
+            "the untrained network is called untrained; give the checkpoint another name, NAME=FILE"
+        )
     recipe = choose_settings(preset, None, None, {}).recipe
     if loaded:
         like = next(iter(loaded.values()))
@@ -115,7 +120,7 @@ def named_files(models: Sequence[str]) -> dict[str, Path]:
         if Path(text).exists() or not equals:
             name, path = Path(text).stem, text
         if name in named:
-            raise UserError(f"two models are called {name}; give them names with --model NAME=FILE")
+            raise UserError(f"two models are called {name}; give them names, NAME=FILE")
         named[name] = Path(path)
     return named
 
@@ -170,8 +175,8 @@ def with_neighbour(volume: Volume, index: int | None, distance: int) -> list[int
     if distance == 0:
         raise UserError("--distance is that to another slice, such as 1 or -1; got 0")
     z = slice_or_middle(volume, index)
-    if index is None and not 0 <= z + distance < volume.num_slices:
-        z -= distance
+    if index is None:  # the nearest to the middle that has such a neighbour
+        z = min(max(z, -distance), volume.num_slices - 1 - max(distance, 0))
     check_slices(volume, [z, z + distance])
     return [z, z + distance]
 

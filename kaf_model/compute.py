@@ -20,6 +20,7 @@ from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 from kaf_model.unet import build_network
 
+DEVICES = ("cpu", "cuda")  # whose peak memory is counted
 KAF_UNET, SWIN_UNETR = "KAF-UNet", "SwinUNETR"
 _SWIN_STAGES = 4
 _SWIN_CHANNELS = 48  # as published
@@ -80,8 +81,10 @@ def measure_costs(
     """
     _check(config, edges, blocks)
     device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"peak memory is counted on cpu and cuda, not on {device.type}; use --device cpu")
+    if device.type not in DEVICES:
+        raise UserError(
+            f"peak memory is counted on {' and '.join(DEVICES)}, not on {device.type}; use --device cpu"
+        )
     costs: list[Cost] = []
     total = 2 * len(blocks) * len(edges)
     for count in blocks:
@@ -167,7 +170,7 @@ def _inputs(name: str, edge: int, num_keypoints: int, device: torch.device) -> l
 
 def _check(config: ModelConfig, edges: Sequence[int], blocks: Sequence[int]) -> None:
     if config.architecture != "kaf-unet":
-        raise UserError(f"costs are those of a kaf-unet, got {config.architecture}; drop --network")
+        raise UserError(f"costs are those of a kaf-unet, got {config.architecture}; choose another preset")
     wrong = [edge for edge in edges if edge < 2 * _SWIN_DIVISOR or edge % _SWIN_DIVISOR]
     if wrong:
         raise UserError(

@@ -50,7 +50,6 @@ class SliceConfig(Settings):
     clip_percentiles: tuple[float, float] = Field(
         (1.0, 99.0), description="Intensities of a volume are clipped at these percentiles, then z-scored."
     )
-    divisor: int = Field(16, gt=0, description="Slices are padded so that both sides divide by this.")
 
     @field_validator("clip_percentiles")
     @classmethod
@@ -462,13 +461,22 @@ class SegmentConfig(Settings):
     probabilities: bool = Field(False, description="Also return the probability of each class.")
     uncertainty: bool = Field(False, description="Also return the entropy of the class probabilities, 0..1.")
 
+    @field_validator("largest_component", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return "none" if value is None else value  # YAML and --set read none as nothing
+
 
 class Recipe(Settings):
     """All settings of one preset: the tree that `--preset`, `--config` and `--set` work on."""
 
     slices: SliceConfig = Field(default_factory=SliceConfig, description="Preprocessing.")
     keypoints: KeypointConfig = Field(default_factory=KeypointConfig, description="Keypoint detection.")
-    model: ModelConfig = Field(default_factory=ModelConfig, description="Architecture.")
+    model: ModelConfig = Field(
+        default_factory=ModelConfig,
+        description="Architecture. Finetuning with `small`, from random weights and given none of these, takes a plain "
+        "UNet with start_channels 8.",
+    )
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig, description="Pretraining.")
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig, description="Finetuning.")
     segment: SegmentConfig = Field(default_factory=SegmentConfig, description="Segmentation.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -138,8 +139,12 @@ def items_of_step(step: int, batch_size: int, num_items: int, seed: int) -> Iter
     """
     for number in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(number, num_items)
-        order = torch.randperm(num_items, generator=generator_for(seed, epoch, 1))
-        yield number, int(order[place])
+        yield number, int(_order(num_items, seed, epoch)[place])
+
+
+@lru_cache(maxsize=8)
+def _order(num_items: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(num_items, generator=generator_for(seed, epoch, 1))
 
 
 def augment_views(

@@ -160,6 +160,8 @@ class Trainer:
         fabric: Where it runs.
         groups: Parameter groups with a "rate" each.
         slices_per_epoch: Training slices, to turn epochs into steps.
+        least_part: Items of a batch that have to be seen together: where memory runs out, it is cut into parts of no
+            fewer.
     """
 
     def __init__(
@@ -170,16 +172,20 @@ class Trainer:
         fabric: Fabric,
         groups: list[dict[str, Any]],
         slices_per_epoch: int,
+        least_part: int = 1,
     ) -> None:
         self.config = config
+        self.least_part = least_part
         self.fabric = fabric
         self.state = TrainingState()
         self.micro_batches = 1
         self.raw_module = module
         module.train()
         channels_last(module)
-        if config.recompute:
-            checkpoint_activations(module)
+        if config.recompute and not checkpoint_activations(module):
+            raise UserError(
+                "recompute=true does nothing in this network, which has no block that it is made for"
+            )
         self.module, self.optimizer = fabric.setup(module, make_optimizer(config, groups))
         budgets = [config.steps]
         if config.epochs is not None:
@@ -230,8 +236,6 @@ class Trainer:
                 raise
             self.state.step += 1
             self.spend(time.monotonic() - started)
-            if self.config.time_budget is not None and self.fabric.world_size > 1:
-                self.state.seconds = self.fabric.broadcast(self.state.seconds)  # all stop at the same step
             self.state.curve.append({"step": self.state.step, **self.state.losses})
             yield self.progress(stage, message)
 
@@ -311,12 +315,19 @@ class Trainer:
                 f"memory ran out on one of {self.fabric.world_size} processes, which cannot go on in smaller "
                 "parts; use a smaller batch_size, a smaller preset, or smaller crops"
             ) from error
-        if self.micro_batches >= self.config.batch_size:
+        most = max(self.config.batch_size // self.least_part, 1)
+        if self.micro_batches >= most and self.least_part > 1:
+            raise OutOfMemory(
+                f"{self.config.batch_size // self.micro_batches} pairs at a time do not fit the memory of the device, "
+                f"and of fewer than {self.least_part} the contrastive losses learn too little; use recompute=true, a "
+                "smaller preset, smaller crops, or the device cpu"
+            ) from error
+        if self.micro_batches >= most:
             raise OutOfMemory(
                 "a single slice does not fit the memory of the device; use the device cpu, a smaller preset, "
                 "or smaller crops"
             ) from error
-        self.micro_batches = min(2 * self.micro_batches, self.config.batch_size)
+        self.micro_batches = min(2 * self.micro_batches, most)
         release_memory()
         return f"memory ran out: each step now runs in {self.micro_batches} parts"
 
@@ -358,7 +369,7 @@ class Trainer:
                 f"{key} was {was.get(key)!r}, now {fingerprint.get(key)!r}" for key in changed[:3]
             )
             raise UserError(
-                f"cannot resume {path}: {details}. Use the same settings, or train anew without --resume"
+                f"cannot resume {path}: {details}. Use the same settings, or train anew into another output"
             )
         tensors = load_tensors(path)
         self.raw_module.load_state_dict(_with_prefix(tensors, "module."))

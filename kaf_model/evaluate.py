@@ -28,7 +28,7 @@ from kaf_model.errors import UserError
 from kaf_model.label_names import class_names
 from kaf_model.progress import Progress
 from kaf_model.text_files import write_atomically
-from kaf_model.volume import find_volumes, read_labels, read_volume, volume_name
+from kaf_model.volume import find_volumes, inspect_volume, read_labels, read_volume, volume_name
 
 BACKGROUND = 0
 MAP_ENDINGS = ("_probabilities", "_uncertainty")  # of maps that a segmentation writes beside its labels
@@ -195,6 +195,7 @@ def evaluate_folders(
     references: str | os.PathLike[str],
     *,
     classes: Mapping[int, str] | None = None,
+    frame: int | None = None,
 ) -> Generator[Progress, None, Scores]:
     """Score label files against reference files of the same name.
 
@@ -206,6 +207,7 @@ def evaluate_folders(
         references: A folder of label files, or one file. Two single files pair whatever their names.
         classes: Label values to score and their names; by default those that are named beside the references, see
             `class_names`, and every other value found.
+        frame: Which label map of 4-D files, from 0; files that hold one map are not asked for it.
 
     Yields:
         Progress in volumes, with each notice as a message.
@@ -227,7 +229,7 @@ def evaluate_folders(
     for step, (name, prediction, reference) in enumerate(pairs, start=1):
         message = ""
         try:
-            rows += _evaluate_files(name, prediction, reference, classes, names)
+            rows += _evaluate_files(name, prediction, reference, classes, names, frame)
         except UserError as error:
             message = f"{name} was not scored: {error}"
             notices.append(message)
@@ -258,7 +260,7 @@ def _score_class(
         counts = [int(np.count_nonzero(mask)) for mask in masks]
         dice = 0.0
         if all(counts):
-            dice, hd95_mm = _monai_scores(masks[0], masks[1], spacing)
+            dice, hd95_mm = _monai_scores(masks[0], masks[1], spacing, picture=reference.shape[0] == 1)
     return ClassScore(
         volume=volume,
         value=value,
@@ -271,21 +273,26 @@ def _score_class(
 
 
 def _monai_scores(
-    prediction: NDArray[np.bool_], reference: NDArray[np.bool_], spacing: Sequence[float]
+    prediction: NDArray[np.bool_], reference: NDArray[np.bool_], spacing: Sequence[float], *, picture: bool
 ) -> tuple[float, float]:
-    """Return Dice and HD95 in mm of two masks, neither of them empty."""
+    """Return Dice and HD95 in mm of two masks, neither of them empty.
+
+    The borders of a picture, a volume of one slice, are those within it, not its two faces.
+    """
     import torch
     from monai.metrics import compute_dice, compute_hausdorff_distance
 
     masks = [torch.from_numpy(mask)[None, None] for mask in (prediction, reference)]  # (1, 1, Z, Y, X)
     dice = compute_dice(*masks, include_background=True)
-    with warnings.catch_warnings():
-        # MONAI 1.6 passes an argument to itself that it has deprecated.
-        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
-        # Outside of the array counts as background, so the box needs no margin around the masks.
-        distance = compute_hausdorff_distance(
-            *masks, include_background=True, percentile=95, spacing=[float(step) for step in spacing]
-        )
+    if picture:
+        masks, spacing = [mask[:, :, 0] for mask in masks], spacing[1:]
+    # MONAI 1.6 passes an argument to itself that it has deprecated. Not in catch_warnings, which would undo what
+    # another thread, the viewer's, has in one at that moment.
+    warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+    # Outside of the array counts as background, so the box needs no margin around the masks.
+    distance = compute_hausdorff_distance(
+        *masks, include_background=True, percentile=95, spacing=[float(step) for step in spacing]
+    )
     return float(dice), float(distance)
 
 
@@ -330,10 +337,11 @@ def _evaluate_files(
     reference_path: Path,
     classes: Mapping[int, str] | None,
     names: Mapping[int, str],
+    frame: int | None,
 ) -> list[ClassScore]:
-    grid = read_volume(reference_path)
+    grid = read_volume(reference_path, frame=_frame_in(reference_path, frame))
     reference = read_labels(reference_path, like=grid)
-    prediction = read_labels(prediction_path, like=grid)
+    prediction = read_labels(prediction_path, like=grid, frame=_frame_in(prediction_path, frame))
     if classes is None:
         found = _values(prediction) | _values(reference) | set(names)
         classes = {value: names.get(value, str(value)) for value in found}
@@ -345,6 +353,10 @@ def _evaluate_files(
         classes=classes,
         volume=name,
     )
+
+
+def _frame_in(path: Path, frame: int | None) -> int | None:
+    return frame if inspect_volume(path).num_frames > 1 else None
 
 
 def _pair(predictions: Path, references: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:

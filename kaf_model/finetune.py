@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ from kaf_model.errors import UserError
 from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache
 from kaf_model.labels import ClassMap, LabelledVolume, check_learnable, painted_values
-from kaf_model.losses import cross_entropy, soft_dice
+from kaf_model.losses import IGNORED, cross_entropy, soft_dice
 from kaf_model.preparation import LabelledSlice, prepare_labelled, statistics_of
 from kaf_model.progress import Progress
 from kaf_model.propagation import Propagation
@@ -110,7 +112,7 @@ def finetune(
             gives its encoder and what it has of a decoder, a finetuned one with the same classes everything.
             Its preprocessing is kept.
         unlabelled: Volumes without labels, for `training.pseudo_labels`; those that cannot be read are named
-            and passed over. The unlabelled slices of `cases` are used as well.
+            and passed over, those of `cases` are left out. The unlabelled slices of `cases` are used as well.
         propagations: What was carried before from the finished slices of some of the cases; the others are done
             here if `training.pseudo_labels` needs them.
         class_names: Names by label value, of all classes there are. None takes those of a finetuned start if
@@ -146,12 +148,12 @@ def finetune(
     prepared, labelled = yield from prepare_labelled(cases, classes, slices, looked_for, cache=cache)
     names = [f"{c.volume.name}:{z}:{status}" for c in cases for z, status in sorted(c.statuses.items())]
     check_learnable([item.labels for item in labelled], classes)
-    held = _held_out(len(labelled), training)
+    held = _held_out(labelled, classes, training)
     learnt = [item for index, item in enumerate(labelled) if index not in held]
     held_out = [labelled[index] for index in sorted(held)]
     check_learnable([item.labels for item in learnt], classes)
     pool: list[UnlabelledVolume] = []
-    if training.pseudo_labels.share:
+    if _num_pseudo(training):
         pool = yield from prepare_unlabelled(
             _without(cases, held),
             unlabelled,
@@ -172,6 +174,7 @@ def finetune(
     if config.reads_keypoints:
         training = training.override(early_crop=None)
     data = _TrainingSlices(learnt, pseudo, training)
+    data.check_shares(fabric.world_size)
     trainer = Trainer(
         module,
         training,
@@ -196,9 +199,7 @@ def finetune(
         pseudo.load(saved)
 
     def model_now() -> Model:
-        record = _record(
-            training, trainer, names, average.best_dice, sum(len(volume.free) for volume in pool)
-        )
+        record = _record(training, trainer, names, average.best_dice, pseudo.num_free)
         labels = tuple(replace(label, one_piece=label.value in one_piece) for label in classes.classes)
         history = (*(origin.history if origin else ()), record)
         return Model(average.best(), config, slices, keypoints, labels, statistics_of(prepared), history)
@@ -227,7 +228,9 @@ def finetune(
             yield Progress("finetuning", trainer.state.step, trainer.max_steps, message=f"start: {report}")
         yield from pseudo_labelled()  # a training that was closed meanwhile goes on with that
         for progress in trainer.run(batches, stage="finetuning"):
+            began = time.monotonic()
             average.update()
+            trainer.spend(time.monotonic() - began)
             if held_out and (progress.step % training.holdout_every == 0 or trainer.finished):
                 began = time.monotonic()
                 dice = average.measure(fabric.device)
@@ -255,9 +258,24 @@ class _TrainingSlices:
         self._training = training
         self._labelled = labelled
         self._pseudo = pseudo
-        self.num_pseudo = round(training.pseudo_labels.share * training.batch_size)
+        self.num_pseudo = _num_pseudo(training)
         self._drawings: list[LabelledSlices] = []
         self._drawn_for: tuple[int, bool] | None = None
+
+    def check_shares(self, num_processes: int) -> None:
+        """Refuse batches of which some processes would have no slice of their own.
+
+        Raises:
+            UserError: If there are such.
+        """
+        size, pseudo = self._training.batch_size, self.num_pseudo if self._pseudo.num_free else 0
+        shares = [size - pseudo, pseudo] if pseudo else [size]
+        if num_processes > 1 and min(shares) < num_processes:
+            parts = f", of which {pseudo} pseudo-labelled," if pseudo else ""
+            raise UserError(
+                f"batches of {size} slices{parts} cannot be shared by {num_processes} processes; use a larger "
+                "batch_size or fewer processes"
+            )
 
     def batch(self, step: int, fraction: float, device: torch.device, shard: Shard) -> LabelledBatch:
         """The augmented slices of a step, at a fraction 0..1 of the training."""
@@ -274,9 +292,8 @@ class _TrainingSlices:
             augment = augment.override(crop=crop)
         parts = [(self._labelled, training.batch_size, 0)]
         if pseudo.slices and self.num_pseudo:
-            beside = max(training.batch_size - self.num_pseudo, 1)
             parts = [
-                (self._labelled, beside, 0),
+                (self._labelled, training.batch_size - self.num_pseudo, 0),
                 (pseudo.slices, self.num_pseudo, 1000 + pseudo.round),
             ]
         return [
@@ -305,7 +322,8 @@ def _settings(
         if differing:
             details = ", ".join(f"{name} {theirs[name]} there, {ours[name]} here" for name in differing)
             raise CheckpointError(
-                f"the start has another architecture: {details}; leave out the preset to take the start's"
+                f"the start has another architecture: {details}; leave out --network and the settings of the model to "
+                "take the start's"
             )
     return origin.model, origin.slices, origin.keypoints
 
@@ -335,15 +353,34 @@ def _parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _held_out(count: int, training: FinetuneConfig) -> set[int]:
-    """Which of the labelled slices are held out."""
+def _held_out(labelled: Sequence[LabelledSlice], classes: ClassMap, training: FinetuneConfig) -> set[int]:
+    """Which of the labelled slices are held out: such that show structures which other slices show as well."""
     if not training.holdout:
         return set()
+    count = len(labelled)
     if count < 2:
         raise UserError(f"holding out slices needs at least 2 labelled slices, got {count}; set holdout to 0")
-    num_held = min(max(1, round(training.holdout * count)), count - 1)
-    order: list[int] = torch.randperm(count, generator=generator_for(training.seed, 6)).tolist()
-    return set(order[:num_held])
+    wanted = max(1, round(training.holdout * count))
+    shown = [set(np.unique(item.labels).tolist()) - {0, IGNORED} for item in labelled]
+    left = Counter(channel for channels in shown for channel in channels)
+    held: set[int] = set()
+    for index in torch.randperm(count, generator=generator_for(training.seed, 6)).tolist():
+        if len(held) < wanted and shown[index] and all(left[channel] > 1 for channel in shown[index]):
+            held.add(index)
+            left.subtract(shown[index])
+    if not held:
+        only = next(classes.classes[channel].name for channel, slices in left.items() if slices == 1)
+        raise UserError(
+            f"no slice can be held out: {only!r}, for one, would be left on no other; label more slices, or set "
+            "holdout to 0"
+        )
+    return held
+
+
+def _num_pseudo(training: FinetuneConfig) -> int:
+    """How many slices of a batch are pseudo-labelled once there are some; at least one is not."""
+    share, size = training.pseudo_labels.share, training.batch_size
+    return min(max(round(share * size), 1), size - 1) if share else 0
 
 
 def _recent_dice(curve: Sequence[Mapping[str, float]]) -> float:

@@ -70,10 +70,17 @@ class KafLayer(nn.Module):
         embeddings = self._embed(features, cells, keypoints)
         for block in self.attention:
             embeddings = block(embeddings, keypoints)
-        first, normalise, activate, second = self.diffusion
-        spread = keypoint_convolution(first, embeddings, cells, keypoints, (height, width))
-        spread = second(activate(normalise(spread)))
+        spread = self.spread(embeddings, cells, keypoints, (height, width))
         return torch.cat([features, spread.to(features.dtype)], dim=1), embeddings
+
+    def spread(
+        self, embeddings: Tensor, cells: Tensor, keypoints: PackedKeypoints, size: tuple[int, int]
+    ) -> Tensor:
+        """Scatter keypoint features (T, E) into an empty map at their cells (T, 2) and diffuse it: (B, C, H, W)."""
+        first, normalise, activate, second = self.diffusion
+        narrow = keypoint_convolution(first, embeddings, cells, keypoints, size)
+        diffused: Tensor = second(activate(normalise(narrow)))
+        return diffused
 
     def _embed(self, features: Tensor, cells: Tensor, keypoints: PackedKeypoints) -> Tensor:
         height, width = features.shape[-2:]

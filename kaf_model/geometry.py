@@ -85,14 +85,6 @@ def voxel_to_world(affine: ArrayLike, points: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(points, dtype=np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
 
 
-def world_to_voxel(affine: ArrayLike, points: ArrayLike) -> NDArray[np.float64]:
-    """Map millimetres to (fractional) voxel indices.
-
-    Shape: affine (4, 4), points (..., 3) RAS+ -> (..., 3) in the index order of the affine.
-    """
-    return voxel_to_world(np.linalg.inv(np.asarray(affine, dtype=np.float64)), points)
-
-
 def spacing_of(affine: ArrayLike) -> tuple[float, float, float]:
     """Return the distance in mm between neighbouring voxels along each index axis of a (4, 4) affine."""
     first, second, third = np.linalg.norm(np.asarray(affine, dtype=np.float64)[:3, :3], axis=0)

@@ -36,6 +36,9 @@ from kaf_model.unet import build_network
 HEADS = 4
 """Attention heads of the published networks; no shape tells them."""
 
+_ACDC_CHANNELS = 48  # at the finest level of the published network for ACDC
+_ACDC_SIDE = 352.0  # of the slices that it was trained on, pixels
+
 _WRAPPERS = ("net", "state_dict", "model")
 
 _UNUSED = re.compile(r"graph_local_head\.|encoder\.graph_\d\.superglue\.(final_proj\.|bin_score$)")
@@ -253,9 +256,9 @@ def _architecture(
     values: dict[str, Any] = {
         "architecture": "kaf-unet" if levels else "unet-c2" if doubled else "unet",
         "start_channels": start,
-        "num_classes": found or num_classes or (4 if start == 48 else 8),
+        "num_classes": found or num_classes or (4 if start == _ACDC_CHANNELS else 8),
         "heads": HEADS,
-        "position_reference": None,
+        "position_reference": _ACDC_SIDE if start == _ACDC_CHANNELS else None,
     }
     if levels:
         layer = f"encoder.kaf_layers.{levels[0]}"
@@ -313,7 +316,7 @@ def _check(wanted: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None
 
 
 def _preset_of(model: ModelConfig) -> Literal["paper-acdc", "paper-chd"]:
-    return "paper-acdc" if model.start_channels == 48 else "paper-chd"
+    return "paper-acdc" if model.start_channels == _ACDC_CHANNELS else "paper-chd"
 
 
 def _listed(names: list[str], limit: int = 5) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -61,6 +61,21 @@ class LabelledVolume:
     def finished(self) -> tuple[int, ...]:
         """The slices that are complete or verified empty, ascending."""
         return tuple(z for z, status in sorted(self.statuses.items()) if status is not SliceStatus.PARTIAL)
+
+    def put_back(
+        self, labels: NDArray[np.integer], values: Iterable[int], rows: Iterable[int] | None = None
+    ) -> None:
+        """Set finished slices of a segmentation, in place, to what somebody labelled.
+
+        Args:
+            labels: (Z, Y, X) labels on the volume's grid.
+            values: Label values that are put back, the background among them.
+            rows: Only these slices; None is all.
+        """
+        known = list(values)
+        for z in self.finished if rows is None else set(rows).intersection(self.finished):
+            drawn = self.labels[z]
+            labels[z] = np.where(np.isin(drawn, known), drawn, labels[z])
 
     def without_unlabelled(self) -> LabelledVolume:
         """The same volume with no trace of labels on slices that do not count as labelled."""

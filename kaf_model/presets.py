@@ -101,7 +101,8 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "paper-acdc": {
         "slices": {"spacing": 1.25, "clip_percentiles": (0.0, 100.0)},
-        "model": {**_PUBLISHED_MODEL, "start_channels": 48, "num_classes": 4},
+        # That of the padded slices it was trained on, so that whole slices of another size have the same positions.
+        "model": {**_PUBLISHED_MODEL, "start_channels": 48, "num_classes": 4, "position_reference": 352.0},
         "pretrain": {
             **_PUBLISHED_PRETRAIN,
             "position_threshold": 0.35,

@@ -27,6 +27,10 @@ from kaf_model.progress import Progress
 from kaf_model.training_files import RunFiles
 from kaf_model.volume import Unreadable, Volume
 
+LEAST_PAIRS = 4
+"""Pairs whose views are contrasted with each other, at the least, when a batch does not fit the memory: of one pair
+alone the losses are 0."""
+
 
 class Batches(Protocol):
     """The batch of each step, a pure function of the data, the settings, the seed and the step."""
@@ -101,7 +105,8 @@ def train_pretext(
         raise UserError(
             f"batch_size {training.batch_size} must divide by the {fabric.world_size} processes that share it"
         )
-    prepared = yield from prepare_volumes(volumes, slices, keypoints, cache=cache)
+    looked_for = keypoints if config.reads_keypoints else None
+    prepared = yield from prepare_volumes(volumes, slices, looked_for, cache=cache)
     data = pretext.batches(prepared, training)
     torch.manual_seed(training.seed)
     network = pretext.network(config, training, len(data))
@@ -111,6 +116,7 @@ def train_pretext(
         fabric=fabric,
         groups=[{"params": list(network.parameters()), "rate": 1.0}],
         slices_per_epoch=len(data),
+        least_part=min(LEAST_PAIRS, training.batch_size),
     )
     named = {"pretext": dict(pretext.settings())} if pretext.settings() else {}
     fingerprint = {
@@ -163,6 +169,7 @@ def _record(config: PretrainConfig, trainer: Trainer, statistics: Mapping[str, o
         "complete": trainer.finished,
         "seconds": round(trainer.state.seconds, 1),
         "waiting_share": round(trainer.waiting_share, 3),
+        "parts": trainer.micro_batches,
         "device": str(trainer.fabric.device),
         "losses": {name: round(value, 5) for name, value in trainer.state.losses.items()},
         "curve": thinned(trainer.state.curve),

@@ -14,6 +14,7 @@ from kaf_model.config import KeypointConfig, ModelConfig, PretrainConfig, SliceC
 from kaf_model.datasets import PretrainingBatch, PretrainingPairs
 from kaf_model.engine import NonFiniteLoss, OutOfMemory
 from kaf_model.errors import UserError
+from kaf_model.fusion import KafLayer
 from kaf_model.heads import BottleneckHead, KeypointHead, KeypointProjection
 from kaf_model.keypoints import KeypointCache
 from kaf_model.losses import matching_loss, positional_contrastive_loss
@@ -22,7 +23,7 @@ from kaf_model.normalization import gather_over_ranks
 from kaf_model.preparation import PreparedVolume
 from kaf_model.pretext import PretrainResult, train_pretext
 from kaf_model.progress import Progress
-from kaf_model.unet import build_encoder
+from kaf_model.unet import Encoder, build_encoder
 from kaf_model.volume import Unreadable, Volume
 
 
@@ -50,6 +51,8 @@ class PretrainingNetwork(nn.Module):
             raise UserError(
                 "pretraining has nothing to learn: all loss weights that apply to this network are 0"
             )
+        if not config.weight_pcl:
+            _freeze_unread(self.encoder)
         width = model.embedding_width
         if self.has_global or self.has_local:
             self.keypoint_projection = KeypointProjection(num_kaf * width, width=width)
@@ -97,6 +100,19 @@ class PretrainingNetwork(nn.Module):
             temperature=self.config.temperature,
             position_threshold=self.config.position_threshold,
         )
+
+
+def _freeze_unread(encoder: nn.Module) -> None:
+    """Freeze what comes after the last keypoint features, which losses on them alone do not read.
+
+    Several processes would wait for its gradients.
+    """
+    assert isinstance(encoder, Encoder)  # no other has keypoint features
+    last = max(map(int, encoder.kaf_layers))
+    fusion = encoder.kaf_layers[str(last)]
+    assert isinstance(fusion, KafLayer)
+    for part in (fusion.diffusion, *encoder.blocks[last:], encoder.centre):
+        part.requires_grad_(False)
 
 
 class KeypointAugmented:

@@ -117,20 +117,8 @@ class Propagation:
         for z in range(len(labels)):
             maps = stack.to_source(self.log_probabilities([z]))
             labels[z] = values[maps[0].argmax(0).numpy()]
-        self.put_back(labels)
+        self.case.put_back(labels, self.values)
         return labels
-
-    def put_back(self, labels: NDArray[np.integer], rows: Iterable[int] | None = None) -> None:
-        """Set finished slices, in place, to what somebody labelled.
-
-        Args:
-            labels: (Z, Y, X) labels on the volume's grid.
-            rows: Only these slices; None is all.
-        """
-        wanted = set(self.finished if rows is None else rows)
-        for z in wanted.intersection(self.finished):
-            drawn = self.case.labels[z]
-            labels[z] = np.where(np.isin(drawn, self.values), drawn, labels[z])
 
 
 def propagate(
@@ -226,7 +214,7 @@ class _Carrier:
                     self._add(z, channel, moved)
                 elif channel in shapes[end]:
                     border = np.abs(moved) < BORDER
-                    likeness = _likeness(arriving[border], picture[border])
+                    likeness = _likeness(arriving[border], picture[: len(border), : border.shape[1]][border])
                     self._add(z, channel, moved, share * likeness**LIKENESS_POWER)
                 else:
                     ends = END if shapes[end] else EMPTY_END

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kaf_model.anatomy import keep_largest_components
 from kaf_model.config import KeypointConfig, PseudoLabelConfig, SliceConfig
-from kaf_model.engine import generator_for
+from kaf_model.engine import OutOfMemory, generator_for, is_out_of_memory, release_memory
 from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache, make_detector
 from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
@@ -31,14 +31,13 @@ from kaf_model.preparation import (
     PreparedVolume,
     SliceStore,
     prepare_slices,
-    prepare_volumes,
     reported,
 )
 from kaf_model.progress import Progress
 from kaf_model.propagation import Propagation, propagate
 from kaf_model.segment import predict_slices
 from kaf_model.slices import Slices
-from kaf_model.volume import Unreadable, Volume
+from kaf_model.volume import Unreadable, Volume, scan_volumes
 from kaf_model.volume_queue import VolumeFiles
 
 _SLICES_A_PASS = 8
@@ -83,7 +82,8 @@ def prepare_unlabelled(
 
     Args:
         cases: Labelled volumes; unmarked and partial slices are used.
-        volumes: Volumes without labels, read one at a time; the first `config.volumes` of them are used.
+        volumes: Volumes without labels, read one at a time; the first `config.volumes` of them are used. Those
+            of the cases may be among them and are passed over: their slices are used with what is known of them.
         classes: Channels of the labels.
         slices: Preprocessing.
         keypoints: Detection; None looks for none.
@@ -118,15 +118,15 @@ def prepare_unlabelled(
             made = (found for found in propagations if found.fits(case, classes.values, slices))
             carried = next(made, None) or (yield from propagate(case, classes.values.tolist(), slices))
         pool.append(UnlabelledVolume(prepared, known, rows, tuple(wanted), carried))
-    if volumes:
-        others = yield from prepare_volumes(
-            itertools.islice(volumes, config.volumes), slices, keypoints, cache=cache, store=store
-        )
-        for prepared in others:
-            indices = range(len(prepared))
-            pool.append(
-                UnlabelledVolume(prepared, None, tuple(_evenly(indices, config.slices)), tuple(indices))
-            )
+    for number, volume in enumerate(itertools.islice(_others(volumes, cases), config.volumes), len(cases)):
+        if isinstance(volume, Unreadable):
+            told = f"passed over {volume.path.name}: {volume.reason}"
+            yield Progress("preparing", number + 1, None, message=told)
+            continue
+        wanted = _evenly(range(volume.num_slices), config.slices)
+        work = prepare_slices(volume, slices, detector, store=store, cache=cache, indices=wanted)
+        prepared = yield from reported(work, number, None)
+        pool.append(UnlabelledVolume(prepared, None, tuple(range(len(wanted))), tuple(wanted)))
     return pool
 
 
@@ -136,6 +136,7 @@ class PseudoLabels:
     Attributes:
         slices: What to learn from at present; empty before the first round.
         round: Rounds done.
+        num_free: Slices that may be labelled.
 
     Args:
         pool: What there is to label.
@@ -160,8 +161,10 @@ class PseudoLabels:
         self._due = config.start
         enough = sum(len(volume.free) for volume in pool) >= config.least_slices
         self._pool = [volume for volume in pool if enough or volume.propagation is not None]
+        self.num_free = sum(len(volume.free) for volume in self._pool)
         self._one_piece = [channel for channel, value in enumerate(classes.values) if int(value) in one_piece]
         self._seed = seed
+        self._at_once = _SLICES_A_PASS
         self._labels: dict[int, NDArray[np.int16]] = {}
 
     def is_due(self, fraction: float, dice: float) -> bool:
@@ -188,6 +191,9 @@ class PseudoLabels:
 
         Yields:
             Slices predicted, and how many there will be.
+
+        Raises:
+            OutOfMemory: If not even one slice fits the device; before, fewer are predicted at a time.
         """
         order = torch.randperm(len(self._pool), generator=generator_for(self._seed, self.round, 7)).tolist()
         free = np.cumsum([len(self._pool[index].free) for index in order])
@@ -198,10 +204,24 @@ class PseudoLabels:
         done = 0
         for index in chosen:
             prepared = self._pool[index].prepared
-            parts = []
-            for start in range(0, len(prepared), _SLICES_A_PASS):
-                rows = slice(start, min(start + _SLICES_A_PASS, len(prepared)))
-                parts.append(self._predict(self._pool[index], rows, network, device))
+            parts: list[NDArray[np.int16]] = []
+            start = 0
+            while start < len(prepared):
+                rows = slice(start, min(start + self._at_once, len(prepared)))
+                try:
+                    parts.append(self._predict(self._pool[index], rows, network, device))
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if self._at_once == 1:
+                        raise OutOfMemory(
+                            "a whole slice does not fit the memory of the device; use the device cpu, or learn from "
+                            "labelled slices alone with pseudo_labels.share=0"
+                        ) from error
+                    self._at_once //= 2
+                    release_memory()
+                    continue
+                start = rows.stop
                 done += rows.stop - rows.start
                 yield done, total
             labels[index] = self._settle(self._pool[index], np.concatenate(parts))
@@ -260,6 +280,23 @@ class PseudoLabels:
                     self.slices.append(
                         LabelledSlice(prepared.images[row], prepared.keypoints[row].positions, channels)
                     )
+
+
+def _others(
+    volumes: Iterable[Volume | Unreadable | str | Path], cases: Sequence[LabelledVolume]
+) -> Iterator[Volume | Unreadable]:
+    """The volumes, without those of the cases."""
+    own = {_identity(case.volume) for case in cases}
+    for item in volumes:
+        for volume in [item] if isinstance(item, (Volume, Unreadable)) else scan_volumes([item]):
+            if isinstance(volume, Unreadable) or _identity(volume) not in own:
+                yield volume
+
+
+def _identity(volume: Volume) -> tuple[object, int]:
+    """Tells volumes apart: by file and frame, and those that are in memory alone by their array."""
+    source = volume.source
+    return (id(volume.array) if source.format == "array" else source.path.resolve()), source.frame
 
 
 def _is_free(case: LabelledVolume, z: int) -> bool:

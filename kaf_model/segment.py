@@ -135,7 +135,7 @@ def segment(
         learned = [label.value for label in model.classes if label.one_piece]
         keep_largest_components(labels, learned if config.largest_component == "learned" else None)
     if propagation is not None:
-        propagation.put_back(labels, wanted)
+        propagation.case.put_back(labels, propagation.values, wanted)
     release_memory()
     return Segmentation(labels, probabilities, uncertainty)
 
@@ -149,14 +149,13 @@ def _predictions(
     cache: KeypointCache | None,
 ) -> Iterator[tuple[list[int], Tensor, str]]:
     """Slices, their probabilities (n, K, Y, X) on the source grid, and what is to be told, batch after batch."""
-    detector = make_detector(model.keypoints)
-    reads_keypoints = model.config.reads_keypoints
+    detector = make_detector(model.keypoints) if model.config.reads_keypoints else None
     network = InferenceNetwork(model.network)
     batch_size, start, message = config.batch_size, 0, ""
     while start < len(wanted):
         rows = list(wanted[start : start + batch_size])
         images = stack.images(rows)
-        found = list(iter_detect(images, detector, cache=cache)) if reads_keypoints else []
+        found = list(iter_detect(images, detector, cache=cache)) if detector else []
         positions = [keypoints.positions for keypoints in found] or [np.zeros((0, 2), np.float32)] * len(rows)
         try:
             maps = predict_slices(network, images, positions, model.device, flips=config.flips)

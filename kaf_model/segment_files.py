@@ -102,7 +102,8 @@ def plan_outputs(source: Path, output: Path, *, overwrite: bool = False) -> list
                 raise UserError(f"{path} is an input and would be overwritten; give another output")
         if plan.labels.exists() and not overwrite:
             raise UserError(
-                f"{plan.labels} exists; give another output, or --overwrite to replace label maps"
+                f"{plan.labels} exists; give another output, --overwrite to replace label maps, or "
+                "--skip-existing to segment the others"
             )
         other = targets.setdefault(plan.labels, plan.volume)
         if other is not plan.volume:
@@ -235,11 +236,16 @@ def _segment(
     case: LabelledVolume | None,
     cache: KeypointCache | None,
 ) -> Generator[Progress, None, Segmentation]:
-    carried = None
-    if case is not None:
-        values = [label.value for label in model.classes]
-        carried = yield from propagate(case, values, model.slices)
-    return (yield from segment(model, volume, config, propagation=carried, cache=cache))
+    if case is None:
+        return (yield from segment(model, volume, config, cache=cache))
+    values = [label.value for label in model.classes]
+    carried = yield from propagate(case, values, model.slices)
+    result = yield from segment(model, volume, config, propagation=carried, cache=cache)
+    if carried is None:
+        case.put_back(result.labels, values)
+        told = f"the finished slices of {volume.name} show no structure: they stay, and nothing is carried from them"
+        yield Progress("segmenting", 0, volume.num_slices, message=told)
+    return result
 
 
 def _counted(
@@ -253,7 +259,7 @@ def _counted(
             result: Segmentation = done.value
             return result
         if total > 1:
-            yield Progress("segmenting", number, total)
+            yield Progress("segmenting", number, total, message=progress.message)
         elif progress.step != progress.total:  # the last report comes once the file is written
             yield progress
 

@@ -58,10 +58,10 @@ class Slices:
 
     Attributes:
         volume: The volume.
-        config: Resampling, clipping and padding.
+        config: Resampling and clipping.
         num_slices: Z.
         source_shape: (Y, X) of the volume.
-        shape: (H, W) after resampling, before padding.
+        shape: (H, W) after resampling.
         spacing: Pixel size (y, x) in mm after resampling; the whole number of pixels makes it differ a
             little from the configured one.
         positions: (Z,) from 0 to 1 along the volume.
@@ -81,12 +81,6 @@ class Slices:
         )
         self.shape = (height, width)
         self.spacing = (pixel[0] * self.source_shape[0] / height, pixel[1] * self.source_shape[1] / width)
-
-    @property
-    def padded_shape(self) -> tuple[int, int]:
-        """(H, W) rounded up to multiples of the configured divisor."""
-        divisor = self.config.divisor
-        return -(-self.shape[0] // divisor) * divisor, -(-self.shape[1] // divisor) * divisor
 
     @cached_property
     def intensities(self) -> Intensities:

@@ -80,8 +80,8 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise UserError(
-            'the SuperPoint detector needs transformers: pip install "napari-kaf[superpoint]" '
-            "(or choose the detector sift, which needs nothing)"
+            "the SuperPoint detector needs transformers: pip install transformers (or choose the detector sift, which "
+            "needs nothing)"
         ) from error
     return transformers
 

@@ -25,7 +25,7 @@ from kaf_model.slices import pad_to_multiple
 
 NUM_VIEWS = 2
 AUGMENTATION = AugmentConfig(crop=None, spatial_probability=1.0, intensity_probability=0.0)
-"""Rotation, magnification and elastic deformation as in pretraining, of the whole slice, at every draw."""
+"""Rotation, magnification and elastic deformation as they are by default, of the whole slice, at every draw."""
 _POINTS_AT_ONCE = 16
 
 

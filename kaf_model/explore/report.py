@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kaf_model.config import CorrespondenceConfig, KeypointConfig, SliceConfig
 from kaf_model.correspondences import find_correspondences
-from kaf_model.errors import UserError
+from kaf_model.errors import UserError, VolumeError
 from kaf_model.explore.equivariance import NUM_VIEWS, augment_slice, equivariance_errors
 from kaf_model.explore.explorer import Explorer
 from kaf_model.explore.matches import match_features
@@ -174,7 +174,12 @@ def explore_report(
             passed_over.append(f"passed over {volume.path.name}: {volume.reason}")
             yield Progress("measuring volumes", number, total, message=passed_over[-1])
             continue
-        labels = labels_of(volume) if labels_of else None
+        labels = None
+        try:
+            labels = labels_of(volume) if labels_of else None
+        except VolumeError as problem:
+            notices.append(f"measured without labels: {problem}")
+            yield Progress("measuring volumes", number, total, message=notices[-1])
         num_volumes += 1
         num_labelled += labels is not None
         for name, explorer in explorers.items():

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from kaf_model.explore.views import LEVELS, SliceFeatures, VolumeView, cell_centres, cells_of
+from kaf_model.explore.views import LEVELS, SliceFeatures, VolumeView, cell_centres
 from kaf_model.progress import Progress
 
 
@@ -128,7 +128,7 @@ def look_alikes(
     for number, other in enumerate(others, start=1):
         similarity = similarity_to(query, view.features(other), level)[0]
         cells, values = peaks(similarity, count, distance / 2 ** (level - 1))
-        points = cell_centres(cells, level)
+        points = np.minimum(cell_centres(cells, level), np.array(view.shape) - 1)  # the last may go beyond
         for pixel, voxel, value in zip(points, view.to_voxels(other, points), values, strict=True):
             place = LookAlike(
                 z=other,
@@ -164,9 +164,3 @@ def peaks(cells: Tensor, count: int, distance: float) -> tuple[NDArray[np.int64]
         left[max(row - reach, 0) : row + reach + 1, max(column - reach, 0) : column + reach + 1] = -torch.inf
     found = np.array(chosen, np.int64).reshape(-1, 2)
     return found, cells[found[:, 0], found[:, 1]].cpu().numpy()
-
-
-def cell_under(view: VolumeView, point: ArrayLike, level: int) -> tuple[int, int]:
-    """The cell (row, column) of a level in which a pixel (y, x) of a resampled slice lies."""
-    row, column = cells_of(point, level, view.shape)[0]
-    return int(row), int(column)

@@ -286,8 +286,8 @@ def _need_keypoints(view: VolumeView, slices: Sequence[int]) -> None:
     if not any(len(view.keypoints(z)) for z in slices):
         names = ", ".join(map(str, slices))
         raise UserError(
-            f"no keypoints on slice {names} of {view.volume.name}; choose other slices, or find more with "
-            "--set keypoints.contrast_threshold=0.01"
+            f"no keypoints on slice {names} of {view.volume.name}; choose other slices, or a lower "
+            "keypoints.contrast_threshold, which a checkpoint brings with it"
         )
 
 

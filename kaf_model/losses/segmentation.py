@@ -46,8 +46,3 @@ def soft_dice(logits: Tensor, labels: Tensor, *, smooth: float = 1.0) -> Tensor:
     size = sum_over_ranks(probabilities.sum((0, 2, 3)) + truth.sum((0, 2, 3)))
     dice = (2 * overlap + smooth) / (size + smooth)
     return 1 - dice[1:].mean()
-
-
-def dice_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of `soft_dice` and `cross_entropy`."""
-    return soft_dice(logits, labels) + cross_entropy(logits, labels)

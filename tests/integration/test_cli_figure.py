@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from kaf_model.checkpoint import load_header
+from kaf_model.checkpoint import ClassLabel, load_header
 from kaf_model.cli import main
-from kaf_model.cli_views import parse_numbers, parse_whole
+from kaf_model.cli_figure import _classes
+from kaf_model.cli_views import parse_numbers, parse_whole, with_neighbour
 from kaf_model.errors import UserError
 from kaf_model.phantom import write_cohort
 from kaf_model.volume import read_labels, read_volume
@@ -111,14 +113,23 @@ def test_keypoints(kaf: Kaf, folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [["--radii", "5,20"], ["--distance", "-2", "--seed", "3"], ["--ratio", "0.9"]]
+    "extra", [["--radii", "5,20"], ["--distance", "-2"], ["--ratio", "0.7"], ["--radius", "4"]]
 )
 def test_correspondences(kaf: Kaf, folder: Path, tmp_path: Path, extra: list[str]) -> None:
     path = tmp_path / "pairs.pdf"
     line = ["figure", "correspondences", volume(folder), "-o", path, "--slice", 2, *extra]
     out = assert_written(path, kaf(*line, "--model", folder / "global.safetensors"))
-    assert out.count(" matched, unmatched ") == 2
+    found = counts(out)
+    assert len(found) == 2
     assert ("slices 2 and 0" in out) == ("-2" in extra)
+    assert ("radius 5 pixels" in out) == ("radius 20 pixels" in out) == ("--radii" in extra)
+    if "--distance" not in extra:  # fewer may be matched than by default
+        plain = assert_written(path, kaf(*line[:7], "--model", folder / "global.safetensors"))
+        assert found[0] < counts(plain)[0]
+
+
+def counts(out: str) -> list[int]:
+    return [int(number) for number in re.findall(r"(\d+) matched, unmatched ", out)]
 
 
 def test_learned_matches_stand_beside_the_heuristic_ones(kaf: Kaf, folder: Path, tmp_path: Path) -> None:
@@ -129,15 +140,21 @@ def test_learned_matches_stand_beside_the_heuristic_ones(kaf: Kaf, folder: Path,
 
 
 @pytest.mark.parametrize(
-    "extra", [["--levels", "2,4", "--points", "2"], ["--neighbours", "-1,1", "--point", "20,30"]]
+    ("extra", "titles"),
+    [
+        (["--levels", "2,4", "--points", "2"], {"level 2", "level 4"}),
+        (["--neighbours", "-1,1", "--point", "20,30"], {"slice 1", "slice 3"}),
+    ],
 )
-def test_similarity(kaf: Kaf, folder: Path, tmp_path: Path, extra: list[str]) -> None:
-    path = tmp_path / "similarity.png"
+def test_similarity(kaf: Kaf, folder: Path, tmp_path: Path, extra: list[str], titles: set[str]) -> None:
+    path = tmp_path / "similarity.svg"
     line = ["figure", "similarity", volume(folder), "-o", path, "--untrained", *extra, "--device", "cpu"]
     models = ["--model", folder / "global.safetensors", "--model", f"fine={folder / 'heart.safetensors'}"]
     out = assert_written(path, kaf(*line, *models))
     assert [text.split(":")[0] for text in out.splitlines()[:3]] == ["untrained", "global", "fine"]
     assert "random weights (seed 0)" in out
+    drawn = set(re.findall(r">((?:level|slice) \d)[<,]", path.read_text()))
+    assert drawn >= titles
 
 
 def test_segmentation(kaf: Kaf, folder: Path, tmp_path: Path) -> None:
@@ -265,6 +282,7 @@ ERRORS = [
         "figure keypoints {heart} -o x.png --model {local} --preset base",
         "a checkpoint brings its own settings",
     ),
+    ("figure keypoints {heart} -o x.png --slices 3,2-1", "a range runs upwards, like 3-5"),
     ("figure correspondences {heart} -o x.png --distance 0", "--distance is that to another slice"),
     ("figure correspondences {heart} -o x.png --slice 4", "slices of heart_000 are 0 to 4, got 5"),
     ("figure correspondences {broken}/one.nii.gz -o x.png", "one has one slice"),
@@ -283,6 +301,10 @@ ERRORS = [
     ("figure segmentation {heart} -o x.png --labels {labels}", "give at least one finetuned checkpoint"),
     ("figure curves {broken}/none.safetensors -o x.png", "no checkpoint at"),
     ("figure compute -o x.png --edges 100", "from 64 that divide by 32, got 100"),
+    (
+        "figure similarity {heart} -o x.png --untrained --model untrained={local}",
+        "give the checkpoint another name",
+    ),
     ("explore-report {broken}/empty --untrained", "there is no volume in"),
     ("explore-report {broken}/bad.nii.gz --untrained", "no volume can be read"),
     ("explore-report {broken}/flat.nii.gz --untrained", "no slice has a keypoint"),
@@ -327,6 +349,22 @@ def test_a_checkpoint_without_curve_is_named(kaf: Kaf, folder: Path, tmp_path: P
     code, _, err = kaf("figure", "curves", tmp_path / "old.safetensors", "-o", tmp_path / "x.png")
     assert code == 2
     assert "holds no curve" in err
+
+
+def test_a_neighbour_is_looked_for_near_the_middle(folder: Path) -> None:
+    heart = read_volume(volume(folder))
+    assert heart.num_slices == 5
+    pairs = {distance: with_neighbour(heart, None, distance) for distance in (1, -1, 4, -4, 3)}
+    assert pairs == {1: [2, 3], -1: [2, 1], 4: [0, 4], -4: [4, 0], 3: [1, 4]}
+
+
+def test_classes_of_all_models_are_drawn() -> None:
+    first, second = (
+        (ClassLabel(0, "background"), ClassLabel(1, "a")),
+        (ClassLabel(1, "b"), ClassLabel(2, "c")),
+    )
+    found = _classes([*first, *second], np.array([0, 5]))
+    assert list(found.items()) == [(1, "a"), (2, "c"), (5, "5")]  # in the order of their colours
 
 
 def test_numbers_are_read_as_people_write_them() -> None:

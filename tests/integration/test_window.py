@@ -93,7 +93,7 @@ def test_label_finetune_accept_export(make_napari_viewer, qtbot, plugin_home, no
     viewer.open_sample("napari-kaf", "heart")
     _dock, panel = viewer.window.add_plugin_dock_widget("napari-kaf", "Finetune")
     image = viewer.layers[0]
-    qtbot.waitUntil(lambda: panel.session.opened is not None, timeout=5000)
+    qtbot.waitUntil(lambda: panel.session.opened is not None, timeout=30_000)
     truth = np.isin(_truth(), LEFT_HEART)
     hands = Hands(viewer)
 
@@ -109,7 +109,7 @@ def test_label_finetune_accept_export(make_napari_viewer, qtbot, plugin_home, no
         assert viewer.dims.current_step[0] == z
         qtbot.wait(50)
         hands.paint(truth[z])
-        qtbot.waitUntil(lambda z=z: panel.session.ledger.states[z] == "partial", timeout=5000)
+        qtbot.waitUntil(lambda z=z: panel.session.ledger.states[z] == "partial", timeout=30_000)
         hands.key("C", shift)
         assert panel.session.ledger.states[z] == "complete"
     drawn = panel.session.labels.data.copy()
@@ -136,7 +136,9 @@ def test_label_finetune_accept_export(make_napari_viewer, qtbot, plugin_home, no
     click(panel.result.accept_whole)
     assert panel.session.ledger.states[5] == "accepted"
     target = tmp_path / "exported.nii.gz"
-    QTimer.singleShot(1000, lambda: _answer_dialog(str(target)))
+    answer = QTimer()
+    answer.timeout.connect(lambda: _answer_dialog(str(target), answer))
+    answer.start(200)
     click(panel.result.export)
     assert "same grid as source" in panel.result.status.text()
 
@@ -160,9 +162,12 @@ def _dice(ours: np.ndarray, theirs: np.ndarray) -> float:
     return 2 * np.count_nonzero(ours & theirs) / (np.count_nonzero(ours) + np.count_nonzero(theirs))
 
 
-def _answer_dialog(name: str) -> None:
+def _answer_dialog(name: str, timer: QTimer) -> None:
+    """Name a file in the dialog once it is there."""
     dialog = QApplication.activeModalWidget()
-    assert isinstance(dialog, QFileDialog)
+    if not isinstance(dialog, QFileDialog):
+        return
+    timer.stop()
     line = dialog.findChild(QLineEdit)
     line.selectAll()
     QTest.keyClicks(line, name)

@@ -65,6 +65,17 @@ def test_a_picture_that_shows_nothing_leaves_the_shapes():
     assert np.allclose(after, before, atol=0.02)
 
 
+def test_a_structure_too_small_to_be_known_stays_as_small_as_its_shape():
+    inside = distance_to_disc(24, 32, 1.2)
+    assert np.count_nonzero(inside > 0) < 20
+    distances = np.stack([two_channels(inside)] * 2)
+    stack = stack_of(noisy(np.zeros((2, H, W))))
+    before = log_of(distances[1], 1.25)
+    after = Appearance(stack, [0], distances).refined(1, before, distances[1])
+    drawn, found = (np.count_nonzero(maps[1] > maps[0]) for maps in (before, after))
+    assert abs(found - drawn) <= 0.25 * drawn
+
+
 def test_finished_slices_and_what_is_far_away_are_left_alone():
     inside = distance_to_disc(24, 12, 6)
     distances = np.stack([two_channels(inside)] * 2)

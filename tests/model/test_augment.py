@@ -434,23 +434,6 @@ def test_a_share_is_drawn_as_in_the_batch(config: AugmentConfig, centred: bool) 
     assert part.output_size == expected.output_size
 
 
-@every_config
-def test_concatenated_shares_are_the_batch(config: AugmentConfig) -> None:
-    whole = sample(config)
-    joined = SpatialTransform.concatenate([whole.select(slice(0, 1)), whole.select(slice(1, 4))])
-    assert torch.equal(joined.coordinates, whole.coordinates)
-    assert torch.equal(joined.inside, whole.inside)
-
-
-def test_concatenates_moved_and_still_slices_of_one_size_only() -> None:
-    elastic = sample(CONFIGS["elastic"])
-    still = sample(AugmentConfig.preset("none", crop=(72, 96)))
-    joined = SpatialTransform.concatenate([still, elastic])
-    assert torch.equal(joined.coordinates, torch.cat([still.coordinates, elastic.coordinates]))
-    with pytest.raises(ValueError, match="one output size"):
-        SpatialTransform.concatenate([elastic, sample(CONFIGS["affine"])])
-
-
 def test_coordinates_stay_exact_under_autocast() -> None:
     plain = sample(CONFIGS["everything"])
     images = torch.rand(4, 1, 96, 128)

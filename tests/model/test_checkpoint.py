@@ -21,6 +21,7 @@ from kaf_model.checkpoint import (
     load_header,
     load_matching,
     load_model,
+    load_tensors,
     save_checkpoint,
     save_tensors,
 )
@@ -153,6 +154,14 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, error):
         model(seed=2).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_setting_that_never_did_anything_is_passed_over(tmp_path):
+    path = model().save(tmp_path / "model.safetensors")
+    header = load_header(path)
+    header["slices"]["divisor"] = 16
+    save_tensors(tmp_path / "old.safetensors", load_tensors(path), header)
+    assert load_model(tmp_path / "old.safetensors").slices == model().slices
 
 
 def test_an_interruption_while_writing_leaves_the_old_file(tmp_path, monkeypatch):

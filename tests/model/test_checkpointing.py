@@ -1,6 +1,7 @@
 """Blocks that recompute their activations give what the others give, with less memory."""
 
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from kaf_model.checkpointing import checkpoint_activations
 from kaf_model.compute import peak_bytes
 from kaf_model.config import FinetuneConfig, ModelConfig
 from kaf_model.engine import Trainer, make_fabric
+from kaf_model.errors import UserError
 from kaf_model.unet import build_network
 
 CONFIG = ModelConfig(
@@ -43,6 +45,38 @@ def test_outputs_gradients_and_statistics_are_the_same():
         assert ours.keys() == theirs.keys()
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_every_convolution_and_every_attention_is_computed_again():
+    network = build_network(CONFIG)
+    checkpoint_activations(network)
+    layers = {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (3, 3)
+        and not any(
+            part in name for part in ("diffusion.0", "centre")
+        )  # as a product, and without normalisation
+    }
+    calls = Counter()
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda *_, called=name: calls.update([called]))
+    network(*batch()).sum().backward()
+    assert any("diffusion.3" in name for name in layers)
+    assert calls == dict.fromkeys(layers, 2)
+
+
+def test_a_network_that_has_nothing_to_recompute_says_so():
+    module = Scale()
+    with pytest.raises(UserError, match="recompute"):
+        Trainer(
+            module,
+            FinetuneConfig(steps=3, recompute=True),
+            fabric=make_fabric("cpu", precision="float32"),
+            groups=[{"params": list(module.parameters()), "rate": 1.0}],
+            slices_per_epoch=1,
+        )
 
 
 def test_less_memory_is_held():

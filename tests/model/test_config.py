@@ -36,13 +36,13 @@ def test_the_papers_settings():
     assert (acdc.finetune.learning_rate, chd.finetune.learning_rate) == (5e-4, 5e-5)
     assert (acdc.finetune.epochs, chd.finetune.epochs) == (200, 100)
     assert (acdc.pretrain.augment.crop, chd.pretrain.augment.crop) == ((352, 352), (512, 512))
+    assert (acdc.model.position_reference, chd.model.position_reference) == (352, None)
     assert acdc.finetune.augment == acdc.pretrain.augment
     assert chd.finetune.augment.spatial_probability == 0
     for recipe in (acdc, chd):
         model, pretrain, finetune = recipe.model, recipe.pretrain, recipe.finetune
         assert (model.embedding_width, model.heads, model.attention_blocks) == (256, 4, 12)
         assert model.kaf_levels == (1, 2, 3, 4)
-        assert model.position_reference is None
         assert (pretrain.optimizer, pretrain.learning_rate, pretrain.momentum) == ("sgd", 0.002, 0.9)
         assert (pretrain.weight_decay, pretrain.epochs, pretrain.batch_size) == (1e-5, 50, 32)
         assert (pretrain.learning_rate_floor, pretrain.warmup) == (0, 0)

@@ -6,6 +6,7 @@ import math
 import os
 import socket
 from dataclasses import replace
+from functools import partialmethod
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,7 +52,7 @@ from kaf_model.finetune import finetune
 from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
 from kaf_model.losses import IGNORED
 from kaf_model.phantom import make_heart
-from kaf_model.preparation import LabelledSlice
+from kaf_model.preparation import LabelledSlice, prepare_volumes
 from kaf_model.pretrain import pretrain
 from kaf_model.propagation import propagate
 from kaf_model.segment import predict_slices, segment, segment_volume
@@ -130,14 +131,16 @@ def equal(first, second):
 # Small parts
 
 
-def test_devices():
+def test_devices(monkeypatch):
     assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        assert choose_device("auto").type == device
     with pytest.raises(UserError, match="unknown device 'tpu'; choose one of auto, cpu, cuda, mps"):
         choose_device("tpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="no cuda device here"):
-            choose_device("cuda")
+    with pytest.raises(UserError, match="no cuda device here"):
+        choose_device("cuda")
 
 
 def test_generators_differ_in_every_number():
@@ -200,6 +203,20 @@ def test_losses_of_weight_zero_are_left_out(weights):
     training = PRETRAIN.override(steps=1, **dict(zip(names, weights, strict=True)))
     _, result = run_pretrain(training)
     assert set(result.curve[0]) == {"step", "total", ("pcl", "global", "local")[weights.index(1)]}
+
+
+@pytest.mark.parametrize(("levels", "weight_pcl"), [((2, 3), 0.0), ((3, 4), 0.0), ((2, 3), 1.0)])
+def test_what_no_loss_reads_is_frozen_for_no_process_to_wait_for(levels, weight_pcl):
+    training = PRETRAIN.override(weight_pcl=weight_pcl)
+    network = pretrain_module.PretrainingNetwork(SMALL.override(kaf_levels=levels), training)
+    data = pretrain_module.KeypointAugmented().batches(
+        run(prepare_volumes([heart(0)[0]], SLICES, KeypointConfig()))[1], training
+    )
+    network(data.batch(0, torch.device("cpu")))["total"].backward()
+    for name, parameter in network.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    frozen = sum(not parameter.requires_grad for parameter in network.parameters())
+    assert bool(frozen) == (not weight_pcl)
 
 
 def test_a_network_without_keypoints_pretrains_its_bottleneck():
@@ -414,6 +431,25 @@ def test_a_slice_that_does_not_fit_is_an_error(monkeypatch):
         run_finetune(FINETUNE.override(batch_size=3))
 
 
+def test_pairs_are_contrasted_with_others_also_where_memory_is_short(monkeypatch):
+    """Of one pair alone the contrastive losses are 0, whatever the network."""
+    original, sizes = pretrain_module.PretrainingNetwork.forward, []
+
+    def forward(self, batch, most=8):
+        if len(batch.views.images) > 2 * most:
+            raise torch.OutOfMemoryError("out of memory")
+        sizes.append(len(batch.views.images) // 2)
+        return original(self, batch)
+
+    monkeypatch.setattr(pretrain_module.PretrainingNetwork, "forward", partialmethod(forward, most=4))
+    _, result = run_pretrain(PRETRAIN.override(batch_size=8, steps=1))
+    assert sizes == [4, 4]
+    assert result.checkpoint.history[-1]["parts"] == 2
+    monkeypatch.setattr(pretrain_module.PretrainingNetwork, "forward", partialmethod(forward, most=3))
+    with pytest.raises(OutOfMemory, match=r"4 pairs at a time do not fit.* use recompute=true"):
+        run_pretrain(PRETRAIN.override(batch_size=8, steps=1))
+
+
 def test_one_of_several_processes_does_not_go_on_in_parts(monkeypatch):
     """The others would pair the gradients of its parts with those of their whole batch."""
     fabric = make_fabric("cpu")
@@ -424,15 +460,141 @@ def test_one_of_several_processes_does_not_go_on_in_parts(monkeypatch):
     assert sizes == []
 
 
-def test_parts_of_a_batch_give_its_gradient(monkeypatch):
-    """Plain cross-entropy without normalisation over the batch would be exact; with it, it is close."""
-    training = FINETUNE.override(
-        batch_size=4, steps=1, loss="cross-entropy", optimizer="sgd", augment=AUGMENT
+class Proportional(torch.nn.Module):
+    """A loss whose gradient is the mean of what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, batch):
+        return {"total": (self.factor * batch).mean(0).sum()}
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_give_its_gradient(parts):
+    rows = torch.tensor([[1.0, 2.0], [3.0, 5.0], [7.0, 11.0], [13.0, 17.0]])
+    factors = []
+    for number in (1, parts):
+        module = Proportional()
+        trainer = engine.Trainer(
+            module,
+            FINETUNE.override(
+                **{"steps": 1, "batch_size": 4, "optimizer": "sgd", "gradient_clip": None},
+                **{"weight_decay": 0.0, "warmup": 0.0, "learning_rate": 0.1},
+            ),
+            fabric=make_fabric("cpu", precision="float32"),
+            groups=[{"params": list(module.parameters()), "rate": 1.0}],
+            slices_per_epoch=4,
+        )
+        trainer.micro_batches = number
+        list(trainer.run(lambda step, count: list(rows.chunk(count)), stage="proportional"))
+        factors.append(module.factor.detach())
+    assert not torch.equal(factors[0], torch.ones(2))
+    assert torch.allclose(factors[0], factors[1])
+
+
+def test_gradients_are_clipped():
+    moved = []
+    for clip in (None, 0.5):
+        module = Proportional()
+        trainer = engine.Trainer(
+            module,
+            FINETUNE.override(
+                **{"steps": 1, "batch_size": 1, "optimizer": "sgd", "gradient_clip": clip},
+                **{"weight_decay": 0.0, "warmup": 0.0, "learning_rate": 0.1},
+            ),
+            fabric=make_fabric("cpu", precision="float32"),
+            groups=[{"params": list(module.parameters()), "rate": 1.0}],
+            slices_per_epoch=1,
+        )
+        list(trainer.run(lambda *_: [torch.tensor([[3.0, 4.0]])], stage="proportional"))
+        moved.append(1 - module.factor.detach())
+    assert torch.allclose(moved[0] / moved[0].norm(), torch.tensor([0.6, 0.8]))
+    assert torch.allclose(moved[1], moved[0] / 10, rtol=1e-3)  # from a norm of 5 to one of 0.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"contrastive_scale": 0.5},
+        {"momentum": 0.0},
+        {"weight_decay": 0.5},
+        {"temperature": 1.0},
+        {"position_threshold": 0.9},
+        {"matched_weight": 3.0},
+        {"unmatched_weight": 3.0},
+        {"neighbour_range": 0.99},
+        {"sinkhorn_tolerance": 10.0},
+        {"sinkhorn_iterations": 1},
+        {"gradient_clip": 1e-3},
+        {"weight_local": 0.5},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_setting_of_a_pretraining_changes_it(change, plainly_pretrained):
+    _, result = run_pretrain(PLAIN.override(**change))
+    assert result.curve != plainly_pretrained.curve
+
+
+PLAIN = PRETRAIN.override(optimizer="sgd", learning_rate=0.05, steps=3)
+
+
+@pytest.fixture(scope="module")
+def plainly_pretrained():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "has_bfloat16", lambda device: False)
+        return run_pretrain(PLAIN)[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "training"),
+    [
+        ({"kaf_start": 0.1}, {}),
+        ({"position_reference": 30.0}, {}),
+        ({"decoder": "narrow"}, {}),
+        ({}, {"foreground": 0.0}),
+        ({}, {"averaging": 0.0}),
+        ({}, {"loss": "cross-entropy"}),
+    ],
+    ids=str,
+)
+def test_each_setting_of_a_finetuning_changes_it(model, training, plainly_finetuned):
+    options = {"loss": "dice+cross-entropy", **training}
+    _, result = run_finetune(SMALL_CROPS.override(**options), config=SMALL.override(**model))
+    weights = [one.model.network.head.weight for one in (result, plainly_finetuned)]
+    assert not torch.equal(*weights)
+
+
+SMALL_CROPS = FINETUNE.override(
+    steps=3, foreground=1.0, augment=AUGMENT.override(crop=(16, 16)), loss="dice+cross-entropy"
+)
+
+
+@pytest.fixture(scope="module")
+def plainly_finetuned():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "has_bfloat16", lambda device: False)
+        return run_finetune(SMALL_CROPS)[1]
+
+
+def test_a_training_is_saved_as_it_goes(tmp_path):
+    """What is left of one that is killed."""
+    output = tmp_path / "m.safetensors"
+    work = finetune(
+        SMALL,
+        [labelled(0)],
+        FINETUNE.override(checkpoint_every=1e-9),
+        slices=SLICES,
+        device="cpu",
+        output=output,
     )
-    _, whole = run_finetune(training)
-    limited(monkeypatch, most=2)
-    _, split = run_finetune(training)
-    assert split.curve[0]["total"] == pytest.approx(whole.curve[0]["total"], rel=0.1)
+    losses = (progress for progress in work if progress.losses)
+    for _ in range(3):
+        next(losses)
+    assert load_checkpoint(output).history[-1]["steps"] == 2
+    assert resume_path(output).is_file()
+    work.close()
 
 
 # Labels
@@ -632,6 +794,26 @@ def test_the_weights_that_were_best_on_held_out_slices_are_kept(monkeypatch):
     assert (average.network().head.weight == 4).all()
 
 
+def slices_that_show(*channels):
+    labels = []
+    for shown in channels:
+        plane = np.zeros((4, 4), np.int64)
+        plane[0, : len(shown)] = shown
+        labels.append(LabelledSlice(np.zeros((4, 4), np.float16), np.zeros((0, 2), np.float32), plane))
+    return labels
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_each_structure_a_slice_is_left_to_learn_from(seed):
+    classes = ClassMap((ClassLabel(0, "background"), ClassLabel(1, "one"), ClassLabel(2, "two")))
+    training = FINETUNE.override(holdout=0.5, seed=seed)
+    held = finetune_module._held_out(slices_that_show((1, 2), (1,), (1,), (), ()), classes, training)
+    assert held in ({1}, {2}, {1, 2})
+    with pytest.raises(UserError, match=r"no slice can be held out: 'one'.* set holdout to 0"):
+        finetune_module._held_out(slices_that_show((1,), (), ()), classes, training)
+    assert finetune_module._held_out(slices_that_show((1,), ()), classes, FINETUNE) == set()
+
+
 def test_held_out_dice_is_reported():
     training = FINETUNE.override(holdout=0.5, holdout_every=2)
     reports, result = run_finetune(training, cases=[labelled(0), labelled(1)])
@@ -699,6 +881,10 @@ def test_a_network_that_reads_no_keypoints_has_none_looked_for(monkeypatch):
     assert not searched
     assert result.model.keypoints == KeypointConfig()
     assert segment_volume(result.model, heart(3)[0]).shape == (4, 48, 64)
+    run_pretrain(config=plain)
+    assert not searched
+    monkeypatch.setattr(segment_module, "make_detector", lambda *_: pytest.fail("a detector was made"))
+    assert segment_volume(result.model, heart(3)[0]).shape == (4, 48, 64)
     run_finetune(training, unlabelled=[heart(1)[0]])
     assert searched
 
@@ -765,6 +951,12 @@ def test_flips_are_the_mean_of_four_predictions(model):
             expected = expected + (maps[..., ::-1] if flip_x else maps) / 4
     ours = predict_slices(model.network, images, points, model.device, flips=True)
     assert np.abs(ours.numpy() - expected).max() < 1e-5
+    asked = SegmentConfig(probabilities=True)
+    one, four = (
+        run(segment(model, heart(7)[0], asked.override(flips=flips)))[1].probabilities
+        for flips in (False, True)
+    )
+    assert np.abs(one.astype(float) - four.astype(float)).max() > 1e-3
 
 
 def test_padding_for_the_network_is_cut_off_again(model):
@@ -832,9 +1024,15 @@ def test_finished_slices_are_kept_and_their_shapes_reach_the_others(model):
 
 def test_cleaning_is_an_option(model):
     volume = heart(7)[0]
-    plain = segment_volume(model, volume)
-    keep_largest_components(plain)
-    assert np.array_equal(segment_volume(model, volume, SegmentConfig(largest_component="all")), plain)
+    bare = replace(model, classes=tuple(replace(label, one_piece=False) for label in model.classes))
+    none, learned, cleaned = (
+        segment_volume(bare, volume, SegmentConfig(largest_component=which))
+        for which in ("none", "learned", "all")
+    )
+    assert np.array_equal(none, learned)
+    assert not np.array_equal(none, cleaned)
+    keep_largest_components(none)
+    assert np.array_equal(none, cleaned)
 
 
 def test_slices_are_normalised_as_in_training(model):

@@ -151,6 +151,17 @@ def test_voxels_of_a_sheared_grid_have_the_volume_they_are_given() -> None:
     assert score.reference_ml == np.count_nonzero(blob(0)) * 0.5
 
 
+def test_borders_of_a_picture_lie_within_it() -> None:
+    """Not its two faces, which would be border everywhere: a disc moved by 3 voxels of 2 mm is 6 mm away."""
+    y, x = np.indices((1, 64, 64))[1:]
+    discs = [(np.hypot(y - 30, x - 30 - shift) < 20).astype(np.uint8) for shift in (0, 3)]
+    (score,) = evaluate_volume(*discs, spacing=(8.0, 1.0, 2.0))
+    assert 5 < score.hd95_mm <= 6.5
+    volumes = [np.concatenate([disc, np.zeros_like(disc)]) for disc in discs]  # there the faces are borders
+    (score,) = evaluate_volume(*volumes, spacing=(8.0, 1.0, 2.0))
+    assert score.hd95_mm < 4
+
+
 def test_unlike_shapes_and_probabilities_are_refused() -> None:
     with pytest.raises(UserError, match="same shape"):
         evaluate_volume(blob(0), blob(0)[:-1], spacing=SPACING)
@@ -273,6 +284,19 @@ def test_a_pair_on_different_grids_is_named_and_the_rest_goes_on(folders: tuple[
     assert "a was not scored" in scores.notices[-1]
     with pytest.raises(UserError, match="nothing could be scored"):
         finish(evaluate_folders(predictions / "a.nii.gz", references / "a.nii.gz"))
+
+
+def test_one_of_the_label_maps_of_4d_files_is_scored(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    frames = np.stack([blob(1), blob(2)])
+    image: Any = nib.Nifti1Image(frames.transpose(3, 2, 1, 0), np.diag([*SPACING[::-1], 1.0]))
+    nib.save(image, references / "b.nii.gz")
+    pair = predictions / "b.nii.gz", references / "b.nii.gz"
+    with pytest.raises(UserError, match="holds 2 frames; choose one"):
+        finish(evaluate_folders(*pair))
+    dice = [finish(evaluate_folders(*pair, frame=frame))[1].rows[0].dice for frame in (0, 1)]
+    assert dice[0] < 1
+    assert dice[1] == 1
 
 
 def test_folders_that_do_not_fit_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -255,6 +255,20 @@ def test_the_same_slice_again_is_the_best_look_alike():
     assert [one.similarity for one in found] == sorted((one.similarity for one in found), reverse=True)
 
 
+def test_a_look_alike_lies_on_the_slice_also_where_its_cell_does_not():
+    array = np.zeros((2, 33, 41), np.float32)
+    array[:, 32, 40] = 100
+    volume = Volume.from_array(array, (8.0, 3.0, 3.0))
+    view = VolumeView(Explorer.untrained(tiny_recipe()), volume)
+    work = look_alikes(view, 0, (32.0, 40.0), level=4, count=1)
+    try:
+        while True:
+            next(work)
+    except StopIteration as done:
+        (found,) = done.value
+    assert found.point == (32, 40)  # the cell goes to pixel 39 and 47
+
+
 # --- attention --------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import torch
 from explore_cases import SHAPE, constant, heart, pretrained, tiny_recipe
 
 from kaf_model.correspondences import find_correspondences
-from kaf_model.errors import UserError
+from kaf_model.errors import UserError, VolumeError
 from kaf_model.explore import report as module
 from kaf_model.explore.equivariance import AUGMENTATION
 from kaf_model.explore.explorer import Explorer
@@ -139,6 +139,25 @@ def test_slices_are_spread_evenly():
     assert spread(3, 1) == [1]
     assert spread(2, 5) == [0, 1]
     assert spread(1, 3) == [0]
+
+
+def test_labels_that_do_not_fit_a_volume_leave_the_rest(volume):
+    def refuse(_):
+        raise VolumeError("labels.nii.gz: the labels lie apart")
+
+    work = explore_report(
+        {"net": Explorer.untrained(tiny_recipe())},
+        [volume],
+        labels_of=refuse,
+        radii=[3.0],
+        slices_per_volume=1,
+        num_points=2,
+    )
+    report, messages = finished(work)
+    told = "measured without labels: labels.nii.gz: the labels lie apart"
+    assert told in messages
+    assert told in report.notices
+    assert "1 volumes, 0 of them with labels" in report.notices
 
 
 def test_nothing_to_measure_is_said():

@@ -1,8 +1,10 @@
 """Self-training: what is labelled by the model, and what never is."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,15 @@ from kaf_model import pseudo_labels
 from kaf_model.checkpoint import ClassLabel
 from kaf_model.config import FinetuneConfig, KeypointConfig, PseudoLabelConfig, SliceConfig
 from kaf_model.datasets import Shard
+from kaf_model.engine import OutOfMemory
+from kaf_model.errors import UserError
 from kaf_model.finetune import _recent_dice, _TrainingSlices, _without
 from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
 from kaf_model.losses import IGNORED
 from kaf_model.propagation import propagate
 from kaf_model.pseudo_labels import USES, PseudoLabels, prepare_unlabelled
-from kaf_model.volume import Unreadable, Volume
+from kaf_model.volume import Unreadable, Volume, read_volume
+from kaf_model.volume_queue import VolumeFiles
 
 CPU = torch.device("cpu")
 CLASSES = ClassMap((ClassLabel(0, "background"), ClassLabel(4, "one"), ClassLabel(7, "two")))
@@ -219,7 +224,8 @@ def test_channels_beyond_128_and_states_saved_in_bytes(monkeypatch):
 
 def test_of_a_long_volume_an_even_selection_is_taken():
     (found,) = pool_of([], [volume(40)])
-    assert found.free == (0, 20, 39)
+    assert len(found.prepared) == 3
+    assert (found.free, found.indices) == ((0, 1, 2), (0, 20, 39))
     labels = np.zeros((40, 32, 48), np.int16)
     (case,) = pool_of([LabelledVolume(volume(40), labels, {5: EMPTY})])
     assert len(case.prepared) == 4
@@ -235,6 +241,44 @@ def test_volumes_that_cannot_be_read_are_named_and_passed_over(tmp_path):
     )
     assert len(pool) == 1
     assert any("passed over broken.nii: no NIfTI" in report.message for report in reports)
+
+
+def test_the_volume_of_a_case_is_not_labelled_by_the_model_as_if_nobody_had(tmp_path):
+    labels = np.zeros((4, 32, 48), np.int16)
+    own, other = volume(4), volume(4)
+    case = LabelledVolume(own, labels, {1: EMPTY})
+    assert [found.known is None for found in pool_of([case], [own, other])] == [False, True]
+    for name in ("a", "b"):
+        image = nib.Nifti1Image(own.array.transpose(2, 1, 0), np.diag([2.0, 2.0, 6.0, 1.0]))
+        nib.save(image, tmp_path / f"{name}.nii.gz")
+    case = LabelledVolume(read_volume(tmp_path / "a.nii.gz"), labels, {1: EMPTY})
+    pool = pool_of([case], VolumeFiles([tmp_path]), CONFIG.override(volumes=1))
+    assert [(found.prepared.name, found.known is None) for found in pool] == [("a", False), ("b", True)]
+    assert len(pool_of([case], [tmp_path / "a.nii.gz"])) == 1  # nothing else is no mistake
+
+
+def test_where_memory_runs_out_fewer_slices_are_predicted_at_a_time(monkeypatch):
+    pool, sizes = pool_of([], [volume(8)], CONFIG.override(slices=8)), []
+
+    def predict(network, images, positions, device, most=2):
+        if len(images) > most:
+            raise torch.OutOfMemoryError("out of memory")
+        sizes.append(len(images))
+        return sure_of(1)(network, images, positions, device)
+
+    pseudo = renewed(pool, predict, monkeypatch)
+    assert sizes == [2, 2, 2, 2]
+    assert len(pseudo.slices) == 8
+    monkeypatch.setattr(pseudo_labels, "predict_slices", partial(predict, most=0))
+    with pytest.raises(OutOfMemory, match="a whole slice does not fit"):
+        finish(pseudo.renew(None, CPU, 0.9))
+
+
+def test_only_slices_that_may_be_labelled_are_counted():
+    pool = pool_of([], [volume(3)])
+    for least, count in ((3, 3), (4, 0)):
+        config = CONFIG.override(least_slices=least)
+        assert PseudoLabels(pool, CLASSES, config, one_piece=frozenset(), seed=0).num_free == count
 
 
 def test_no_more_volumes_are_read_than_asked():
@@ -266,7 +310,7 @@ def drawing_of(pseudo, share, **settings):
     return _TrainingSlices(constant_slices(1), pseudo, training)
 
 
-@pytest.mark.parametrize(("share", "from_each"), [(0.5, (2, 2)), (0.25, (3, 1))])
+@pytest.mark.parametrize(("share", "from_each"), [(0.5, (2, 2)), (0.25, (3, 1)), (0.05, (3, 1))])
 def test_a_share_of_each_batch_is_pseudo_labelled(share, from_each):
     pseudo = SimpleNamespace(slices=[], round=0)
     drawing = drawing_of(pseudo, share)
@@ -277,6 +321,18 @@ def test_a_share_of_each_batch_is_pseudo_labelled(share, from_each):
     assert tuple(int((labels[:, 0, 0] == value).sum()) for value in (1, 2)) == from_each
     pseudo.slices, pseudo.round = constant_slices(3), 2
     assert set(drawing.batch(2, 0.1, CPU, Shard()).labels.unique().tolist()) == {1, 3}
+
+
+def test_every_process_has_slices_of_its_own():
+    drawing = drawing_of(SimpleNamespace(num_free=9), 0.5)
+    drawing.check_shares(1)
+    drawing.check_shares(2)
+    with pytest.raises(UserError, match="of which 2 pseudo-labelled, cannot be shared by 3 processes"):
+        drawing.check_shares(3)
+    drawing = drawing_of(SimpleNamespace(num_free=0), 0.5)
+    drawing.check_shares(4)
+    with pytest.raises(UserError, match="batches of 4 slices cannot be shared by 5"):
+        drawing.check_shares(5)
 
 
 def test_a_training_begins_with_small_crops():

@@ -421,7 +421,9 @@ def test_a_volume_travels_between_processes(tmp_path):
 
 @pytest.mark.skipif(not (DATA / "acdc").is_dir(), reason="the ACDC volumes are not here; set KAF_DATA")
 def test_real_volumes_and_their_labels(tmp_path):
-    for path in sorted((DATA / "acdc" / "images").glob("*.nii.gz"))[::20]:
+    paths = sorted((DATA / "acdc" / "images").glob("*.nii.gz"))[::20]
+    assert paths
+    for path in paths:
         volume = read_volume(path)
         assert volume.array.dtype == np.int16
         assert volume.source.axes[0] == 2

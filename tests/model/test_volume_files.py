@@ -92,7 +92,8 @@ def test_flat_and_four_dimensional_metaimages(tmp_path):
 
 def dicom_series(folder, number=4, uid="1.2.3", direction=None, step=5.0, positions=None):
     """Write slices as a scanner would: shuffled names, position and orientation in each, rescaled."""
-    pydicom = pytest.importorskip("pydicom")
+    import pydicom
+
     rows, columns = (np.array([1, 0, 0]), np.array([0, 1, 0])) if direction is None else direction
     normal = np.cross(rows, columns)
     array = values((number, 7, 6))
