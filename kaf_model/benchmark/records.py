@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import yaml
 
+from kaf_model.checkpoint import load_header
 from kaf_model.errors import UserError
 from kaf_model.text_files import write_atomically
 from kaf_model.training_files import resume_path
@@ -110,7 +111,9 @@ class RunFolder:
     @property
     def trained(self) -> bool:
         """Whether the training is over."""
-        return self.weights.is_file() and (self.path / "curve.csv").is_file() and not self.interrupted
+        if self.interrupted or not self.weights.is_file():
+            return False
+        return bool(load_header(self.weights)["history"][-1]["complete"])
 
     @property
     def finished(self) -> bool:
@@ -209,6 +212,8 @@ def _number(text: str) -> float:
 
 def _differences(there: Any, here: Any, path: str = "") -> list[str]:
     """Where two trees differ, in words."""
+    if isinstance(there, dict) or isinstance(here, dict):
+        there, here = there or {}, here or {}
     if isinstance(there, dict) and isinstance(here, dict):
         keys = dict.fromkeys([*there, *here])
         return [

@@ -109,9 +109,9 @@ def run_benchmark(
         UserError: If plan and data do not fit, or the folder holds runs with other settings.
     """
     cohort, runs = plan_runs(plan, data, only, part)
+    for run in all_runs(plan, cohort):
+        RunFolder(output / run.folder).check(run.config())
     folders = {run.folder: RunFolder(output / run.folder) for run in runs}
-    for run in runs:
-        folders[run.folder].check(run.config())
     fabric = fabric or make_fabric(device)
     if fabric.world_size > 1:
         raise UserError("a benchmark trains in one process; start it without torchrun")

@@ -43,7 +43,12 @@ TINY: dict[str, Any] = {
             "projection_width": 8,
             "augment": {"crop": [48, 48]},
         },
-        "finetune": {"batch_size": 2, "augment": {"crop": [48, 48]}, "learning_rate": 0.01},
+        "finetune": {
+            "batch_size": 2,
+            "augment": {"crop": [48, 48]},
+            "learning_rate": 0.01,
+            "pseudo_labels": {"least_slices": 1},
+        },
     },
     "budgets": {"pretrain": {"steps": 2}, "finetune": {"steps": 4}},
     "rows": [
@@ -198,6 +203,49 @@ def test_other_settings_are_refused_before_anything_is_done(
     with pytest.raises(UserError, match=r"settings\.finetune\.steps was 4, now 5"):
         next(work(plan, hearts, done, cache))
     assert sorted(path.stat().st_mtime_ns for path in done.rglob("*")) == before
+
+
+OTHER = {**TINY["settings"], "finetune": {**TINY["settings"]["finetune"], "holdout": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": {"layout": "pairs", "slice_axis": 0}}, r"rules\.slice_axis was None, now 0"),
+        ({"k_slices": {"volumes": 1, "span": "structures"}}, None),  # no column of slices
+        (
+            {"rows": [TINY["rows"][1], {"name": "new"}], "settings": OTHER},
+            r"finetune\.holdout was 0.0, now 0.5",
+        ),
+    ],
+)
+def test_other_reading_and_rows_that_are_not_asked_for_count_as_well(
+    hearts: Path,
+    done: Path,
+    cache: KeypointCache,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    words: str | None,
+) -> None:
+    shutil.copytree(done, tmp_path / "copy")
+    plan = tiny(**changes)
+    generator = run_benchmark(
+        plan, hearts, tmp_path / "copy", only=[plan.rows[-1].name], fabric=make_fabric("cpu"), cache=cache
+    )
+    if words is None:
+        next(generator)
+        return
+    with pytest.raises(UserError, match=words):
+        next(generator)
+
+
+def test_a_training_that_ended_before_its_curve_was_written_is_not_done_again(
+    done: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(done / "runs/unet/patients-1/fold0-draw0-seed0", path)
+    (path / "curve.csv").unlink()
+    assert RunFolder(path).trained
 
 
 def test_one_row_alone(hearts: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaf_model.benchmark.cohort import Case, Cohort
@@ -95,6 +95,7 @@ PROTOCOLS = st.one_of(
 )
 
 
+@settings(deadline=None, derandomize=True)
 @given(count=st.integers(5, 14), protocol=PROTOCOLS)
 def test_no_patient_is_on_both_sides(count: int, protocol: ProtocolPlan) -> None:
     cohort = cohort_of(count)
@@ -111,6 +112,7 @@ def test_no_patient_is_on_both_sides(count: int, protocol: ProtocolPlan) -> None
             assert set(draw_patients(split, draw, protocol)) == set(split.pool)
 
 
+@settings(deadline=None, derandomize=True)
 @given(count=st.integers(5, 14), folds=st.integers(2, 5))
 def test_every_patient_is_tested_once(count: int, folds: int) -> None:
     cohort = cohort_of(count)

@@ -32,6 +32,8 @@ class RotationPrediction:
     def batches(self, volumes: Sequence[PreparedVolume], training: PretrainConfig) -> SliceViews:
         """One view of half a batch of slices: with their turns as many images as two views of a batch.
 
+        Steps, and so images, are those of the other pretexts; an epoch of theirs shows it half of the slices.
+
         Augmentation is without mirroring and turns by `MAX_ROTATION` at most: what it turns by is not asked.
         """
         rotation = min(training.augment.rotation, MAX_ROTATION)
