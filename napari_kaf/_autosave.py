@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kaf_model.errors import UserError
 from napari_kaf._sidecar import Sidecar, Snapshot, new_owner
 
 SAVE_AFTER = 3.0  # seconds from the first unsaved change
 _RETRY_AFTER = 30.0  # seconds from a failure
+_FAILED = "the labels cannot be saved"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +34,12 @@ class Autosave:
 
     Attributes:
         sidecar: The file of that volume, or None.
+        problem: Why what was to be written last was not, or nothing.
     """
 
     def __init__(self) -> None:
         self.sidecar: Sidecar | None = None
+        self.problem = ""
         self._owners: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
         self._restored: dict[str, tuple[str, str]] = {}  # versions that owners go on from
         self._due: float | None = None
@@ -113,14 +117,22 @@ class Autosave:
         """
         if self.sidecar is None:
             return None
-        with self._lock:
-            written = all(key != self.sidecar.key for key, _owner in self._unwritten)
-        if not written:
+        if self._unwritten_of(self.sidecar):
             self.wait()
+        left = self._unwritten_of(self.sidecar)
+        if left:  # it cannot be written, and is not lost as long as the window is open
+            moment = datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
+            return replace(left[-1].snapshot, saved=moment)
         return self.sidecar.load()
+
+    def _unwritten_of(self, sidecar: Sidecar) -> list[_Work]:
+        with self._lock:
+            return [work for (key, _owner), work in self._unwritten.items() if key == sidecar.key]
 
     def messages(self) -> list[str]:
         """What has to be told since the last call, each thing once."""
+        if not self.problem:  # should it come again, it is told again
+            self._told = {message for message in self._told if not message.startswith(_FAILED)}
         new = []
         while self._messages:  # the thread may add some
             message = self._messages.pop(0)
@@ -149,16 +161,18 @@ class Autosave:
             self._thread.join()
 
     def _write(self, works: list[_Work]) -> None:
-        written = [self._write_one(work) for work in works]
-        if all(written):
+        self.problem = next(filter(None, [self._write_one(work) for work in works]), "")
+        if not self.problem:
             self._not_before = 0.0
 
-    def _write_one(self, work: _Work) -> bool:
+    def _write_one(self, work: _Work) -> str:
+        """Write something; returns why it could not be written, or nothing."""
         try:
             saved = work.sidecar.save(work.snapshot, work.replaces)
-        except UserError as error:
-            self._messages.append(str(error))
-            return False
+        except Exception as error:  # whatever is in the way, it is tried again
+            problem = str(error) if isinstance(error, UserError) else f"{_FAILED}: {error!r}"
+            self._messages.append(problem)
+            return problem
         with self._lock:
             if self._unwritten.get(work.key) is work:
                 del self._unwritten[work.key]
@@ -167,4 +181,4 @@ class Autosave:
             self._messages.append(f"{wanted} cannot be written; the labels are saved as {saved.path}")
         if saved.set_aside is not None:
             self._messages.append(f"{saved.path} held other work, which is kept as {saved.set_aside.name}")
-        return True
+        return ""

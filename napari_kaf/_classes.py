@@ -82,6 +82,13 @@ def joined_classes(
     return list(joined.values())
 
 
+def called_otherwise(value: int, name: str, other: str) -> bool:
+    """Whether two people named a value and mean different things by it; a name that nobody chose is none."""
+    unnamed = {FIRST_NAME.casefold(), f"class {value}"}
+    names = {name.casefold(), other.casefold()}
+    return len(names) > 1 and not names & unnamed
+
+
 def free_value(entries: Iterable[ClassEntry]) -> int:
     """The smallest value that no class has."""
     taken = {entry.value for entry in entries}

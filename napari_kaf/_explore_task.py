@@ -160,8 +160,8 @@ def matches_task(
         (keypoints[0].positions, keypoints[1].positions),
         found.pairs,
         found.distances,
-        learned.pairs if learned else None,
-        learned.probabilities if learned else np.zeros(0, np.float32),
+        learned.pairs if learned is not None else None,
+        learned.probabilities if learned is not None else np.zeros(0, np.float32),
     )
 
 

@@ -137,7 +137,7 @@ def _finetuned(request: FinetuneRequest, control: Control) -> Generator[Any, Non
     previews = _Previews(request.volume, request.clicked, control, cache, carried)
     if previews.carried is not None:
         yield VolumePreview(previews.carried)
-    steps, best, began = 0, None, time.monotonic()
+    steps, best, began, looking = 0, None, time.monotonic(), 0.0
     try:
         with interruptible(lambda: control.cancelled):
             for progress in work:
@@ -149,7 +149,9 @@ def _finetuned(request: FinetuneRequest, control: Control) -> Generator[Any, Non
                 yield Report(progress, describe_device(device), memory_in_use(device))
                 if control.cancelled:
                     break
+                paused = time.monotonic()
                 yield from previews.due(progress)
+                looking += time.monotonic() - paused if steps else 0.0
     except Interrupted:
         pass
     except NonFiniteLoss as error:
@@ -160,7 +162,7 @@ def _finetuned(request: FinetuneRequest, control: Control) -> Generator[Any, Non
         run = replace(
             request.run,
             steps=steps,
-            seconds=time.monotonic() - began,
+            seconds=time.monotonic() - began - looking,
             stopped=control.cancelled,
             held_out_dice=best,
             device=describe_device(device),

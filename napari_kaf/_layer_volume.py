@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
+from kaf_model.errors import UserError
 from kaf_model.volume import Volume, VolumeError, read_volume
 
 if TYPE_CHECKING:
@@ -122,6 +125,7 @@ def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVol
         made = carried.source.format == "array"
         origin = "as you gave it" if made else "from the file's header"
         return OpenVolume(layer, _with_voxels_of(layer, carried), True, origin)
+    _check_room(layer)
     array = stack(layer)
     if spacing is not None:
         volume = Volume.from_array(array, spacing, name=layer.name, fill_nan=0)
@@ -134,6 +138,16 @@ def open_volume(layer: Image, spacing: Sequence[float] | None = None) -> OpenVol
         note(layer, volume=from_file)
         return OpenVolume(layer, from_file, True, "from the file's header")
     return OpenVolume(layer, volume, known, origin)
+
+
+def _check_room(layer: Image) -> None:
+    """Refuse to read a lazy layer that the memory cannot hold."""
+    data = finest(layer)
+    size = math.prod(np.shape(data)) * np.dtype(data.dtype).itemsize
+    if not isinstance(data, np.ndarray) and size > psutil.virtual_memory().available / 2:
+        raise UserError(
+            f"its {size / 1e9:.0f} GB are more than this machine's memory can hold; crop it, or open a coarser scale"
+        )
 
 
 def stack(layer: Layer) -> NDArray[Any]:

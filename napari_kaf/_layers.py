@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,11 +52,13 @@ __all__ = [
     "claimed",
     "class_names",
     "current_slice",
+    "file_of",
     "finest",
     "go_to",
     "goes_with",
     "image_layers",
     "is_brushed",
+    "keep_file",
     "labels_layers",
     "layer_arguments",
     "layers_with_role",
@@ -90,6 +93,19 @@ def image_layers(viewer: ViewerModel) -> list[Image]:
         and layer.ndim in (2, 3)
         and role_of(layer) in (None, "volume")
     ]
+
+
+def file_of(layer: Layer) -> Path | None:
+    """The file that a layer was read from, also if the layer was made anew since."""
+    path = layer.source.path or layer.metadata.get(KEY, {}).get("file")
+    return Path(path) if path else None
+
+
+def keep_file(layer: Layer, former: Layer) -> None:
+    """Let a layer that was made anew tell the file of the one that it was made from."""
+    file = file_of(former)
+    if file is not None:
+        note(layer, file=str(file))
 
 
 def labels_layers(viewer: ViewerModel, image: Image) -> list[Labels]:
@@ -326,6 +342,7 @@ def write_into(labels: Labels, values: NDArray[Any], where: Mapping[int, NDArray
     changed = {z: np.nonzero(plane & (array[z] != values[z])) for z, plane in where.items()}
     rows = np.concatenate([np.full(len(y), z) for z, (y, _x) in changed.items()] or [np.zeros(0, int)])
     if rows.size:
+        labels.visible = True  # napari keeps no slice of a hidden layer that it could write into
         indices = (rows, *(np.concatenate(axis) for axis in zip(*changed.values(), strict=True)))
         kept = indices if labels.ndim == 3 else indices[1:]
         labels.data_setitem(kept, values[indices].astype(labels.data.dtype))
@@ -370,8 +387,10 @@ def _add(viewer: ViewerModel, opened: OpenVolume, data: NDArray[Any], name: str,
     """Add a layer that lies exactly over the image."""
     image = opened.layer
     data = data.reshape(finest(image).shape)
+    others = (other for other in image_layers(viewer) if other is not image)
     arguments: dict[str, Any] = {
         "name": name,
+        "visible": role == "labels" or image.visible or not any(other.visible for other in others),
         "scale": image.scale,
         "translate": image.translate,
         "rotate": image.rotate,

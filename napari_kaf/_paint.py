@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,35 +17,55 @@ if TYPE_CHECKING:
     from napari.layers import Labels
 
 
+@dataclass
+class PaintHistory:
+    """What the slices of a layer were, by slice and the checksum that its paint had then.
+
+    Attributes:
+        before: Since the slice was last marked.
+        by_hand: What counted as painted by hand then (`Ledger.by_hand`).
+        accepted: Before it took a result.
+    """
+
+    before: dict[int, dict[int, Cell]] = field(default_factory=dict)
+    by_hand: dict[int, dict[int, NDArray[np.bool_] | None]] = field(default_factory=dict)
+    accepted: dict[int, dict[int, Cell]] = field(default_factory=dict)
+
+
 class PaintWatch:
     """Watches one labels layer: brush, fill, undo and scripts alike.
 
     Args:
         layer: The layer that is drawn on.
+        history: What its slices were when it was watched before.
+        ledger: What was said of them.
 
     Attributes:
         touched: Whether something may have changed since the last look.
     """
 
-    def __init__(self, layer: Labels) -> None:
+    def __init__(self, layer: Labels, history: PaintHistory, ledger: Ledger) -> None:
         self._layer = layer
+        self._before, self._by_hand, self._accepted = history.before, history.by_hand, history.accepted
         self.touched = False
         self._checksums = _checksums(_layers.stack(layer))
-        self._states: tuple[Cell, ...] = ()
-        # By slice and checksum what it was: since it was last marked, and before it took a result.
-        self._before: dict[int, dict[int, Cell]] = {}
-        self._accepted: dict[int, dict[int, Cell]] = {}
+        self._states = ledger.states
         self._unwatch = _layers.watch_labels(layer, self._touch)
 
     def stop(self) -> None:
         """Watch no longer."""
         self._unwatch()
 
-    def note_changes(self, ledger: Ledger) -> list[int]:
+    def note_changes(self, ledger: Ledger, shown: int | None) -> list[int]:
         """Tell the ledger which slices changed since the last look, and return them.
 
         A slice whose paint is back to what it was, by undo or by hand, is again what it was then, unless somebody
-        said something else of it since.
+        said something else of it since. Where a stroke through the volume corrects several accepted slices at once,
+        nobody has looked at those that are not shown: they stay accepted, and as they are now.
+
+        Args:
+            ledger: Of the layer.
+            shown: The slice that is shown, if they are shown one by one.
         """
         self.touched = False
         array = _layers.stack(self._layer)
@@ -53,12 +74,21 @@ class PaintWatch:
         for z, (told, state) in enumerate(zip(self._states, was, strict=False)):
             if told is not state:
                 self._before.pop(z, None)
-        states = {}
+                self._by_hand.pop(z, None)
+        states, corrected = {}, []
         for z in changed:
-            before = self._before.setdefault(z, {})
-            before[self._checksums[z]] = was[z]
-            known = before.get(now[z]) or self._accepted.get(z, {}).get(now[z])
+            self._before.setdefault(z, {})[self._checksums[z]] = was[z]
+            self._by_hand.setdefault(z, {})[self._checksums[z]] = ledger.by_hand.get(z)
+            known = self._before[z].get(now[z]) or self._accepted.get(z, {}).get(now[z])
             states[z] = known or ledger.after_paint(z, bool(array[z].any()))
+            if known is not None and now[z] in self._by_hand[z]:
+                _put(ledger.by_hand, z, self._by_hand[z][now[z]])
+            elif known is None and was[z] is Cell.ACCEPTED:
+                corrected.append(z)
+        for z in corrected if len(corrected) > 1 else []:
+            if z != shown:
+                states[z] = Cell.ACCEPTED
+                ledger.by_hand[z] = np.ones(array[z].shape, bool)
         self._checksums = now
         ledger.restate(states)
         self._states = ledger.states
@@ -76,6 +106,12 @@ class PaintWatch:
 
     def _touch(self, event: object = None) -> None:
         self.touched = True
+
+
+def _put(hands: dict[int, NDArray[np.bool_]], z: int, plane: NDArray[np.bool_] | None) -> None:
+    hands.pop(z, None)
+    if plane is not None:
+        hands[z] = plane
 
 
 def _checksums(array: NDArray[Any]) -> list[int]:

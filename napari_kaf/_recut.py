@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napari_kaf import _layers
+from napari_kaf._classes import entries_of, values_in
 from napari_kaf._ledger import FINISHED, Cell, Ledger
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ def recut(session: Session, slice_axis: int) -> None:
             by_hand[z] |= plane & (array[z] != 0)
         parts = (array, np.broadcast_to(accepted, array.shape), by_hand)
         cut, of_result, drawn = (volume.to_volume(old.volume.to_stored(part)) for part in parts)
+        classes = classes or entries_of(_layers.class_names(layer), values_in(array))
         new = _layers.add_labels(viewer, session.opened, classes, cut.copy())
         new.name = layer.name
+        _layers.keep_file(new, layer)
         session.saved.autosave.inherit(new, layer)
         states = recut_states(ledger.states, cut, of_result)
         hands = {z: plane.copy() for z, plane in enumerate(drawn) if states[z] is Cell.ACCEPTED}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kaf_model.errors import UserError
 from napari_kaf import _layers
-from napari_kaf._classes import ClassEntry, entries_of, joined_classes, values_in
+from napari_kaf._classes import ClassEntry, called_otherwise, entries_of, joined_classes, values_in
 from napari_kaf._ledger import FINISHED, Cell
 from napari_kaf._marking import shown_slice
 from napari_kaf._runs import Run, RunStore
@@ -171,8 +171,24 @@ class Results:
                 looked_at = slices is None and states[z] is Cell.UNTOUCHED
                 by_hand[z] = np.zeros_like(array[z], bool) if looked_at else array[z] != 0
             where[z] = ~by_hand[z] if z in by_hand else np.ones_like(array[z], bool)
+        if taking:
+            self._warn_of_other_names(array)
         classes = joined_classes(session.classes, self.classes, array)
+        session.select_labels()  # where Ctrl+Z takes it back
         session.paint.accept(self.labels, where, session.ledger)
         if classes != session.classes:
             session.set_classes(classes)
         return len(taking)
+
+    def _warn_of_other_names(self, drawn: NDArray[Any]) -> None:
+        """Say so if a value is called otherwise in the result than where it is painted already."""
+        assert self.labels is not None
+        painted = values_in(drawn)
+        found = {entry.value: entry.name for entry in self.classes}
+        for entry in self._session.classes:
+            other = found.get(entry.value, entry.name)
+            if entry.value in painted and called_otherwise(entry.value, entry.name, other):
+                self._session.warned.emit(
+                    f"{entry.value} is {entry.name} in your labels and {other} in the result you accepted; if they are "
+                    "not the same, Ctrl+Z takes it back"
+                )

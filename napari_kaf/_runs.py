@@ -32,7 +32,7 @@ class Run:
         when: When it began, ISO 8601.
         labelled: Slices it was trained on and what their labels meant.
         steps: Optimiser steps.
-        seconds: How long it trained.
+        seconds: How long it trained, previews not counted.
         stopped: Whether it was cancelled before its budget was spent.
         held_out_dice: Dice on held-out slices, if asked for.
         start: What it started from, in words.

@@ -55,6 +55,14 @@ class SavedWork:
             self.offer = self.autosave.load()
         except UserError as error:
             self._session.warned.emit(str(error))
+            return
+        sidecar = self.autosave.sidecar
+        others = sidecar.of_other_voxels() if sidecar is not None and self.offer is None else None
+        if others is not None:
+            self._session.warned.emit(
+                f"{others.name} beside this volume holds labels of other voxels, perhaps of this file before it was "
+                "changed; they are left there"
+            )
 
     @property
     def spacing(self) -> tuple[float, ...] | None:

@@ -23,6 +23,7 @@ from kaf_model.volume import (
     write_labels,
     write_maps,
 )
+from napari_kaf._classes import called_otherwise
 from napari_kaf._device import describe_device, memory_in_use, share_processor
 from napari_kaf._interrupt import Interrupted, interruptible
 from napari_kaf._jobs import Control, Report
@@ -196,7 +197,7 @@ def _unlike(drawn: Mapping[int, str], known: Mapping[int, str]) -> str:
     for value, name in drawn.items():
         if value not in known:
             return f"the model has no class {value} ({name})"
-        if name.casefold() != known[value].casefold() and f"class {value}" not in (name, known[value]):
+        if called_otherwise(value, name, known[value]):
             return f"{value} is {name} in them and {known[value]} in the model"
     return ""
 

@@ -17,7 +17,7 @@ from napari_kaf import _layers
 from napari_kaf._classes import FIRST_NAME, ClassEntry, default_color, entries_of, values_in
 from napari_kaf._layer_watch import LayerWatch
 from napari_kaf._ledger import Ledger
-from napari_kaf._paint import PaintWatch
+from napari_kaf._paint import PaintHistory, PaintWatch
 from napari_kaf._recut import recut
 from napari_kaf._results import Results
 from napari_kaf._runs import RunStore
@@ -40,6 +40,7 @@ class Session:
         results: Finetunings on this volume, and the result that is shown.
         saved: Its file beside the volume, and what can be restored from it.
         busy: What is running, in words, or nothing.
+        unsaved: Why what is drawn cannot be saved at present, or nothing.
     """
 
     layers_changed = Signal()
@@ -50,6 +51,7 @@ class Session:
     runs_changed = Signal()
     offer_changed = Signal()
     busy_changed = Signal()
+    unsaved_changed = Signal()
     told = Signal(str)
     warned = Signal(str)
 
@@ -63,8 +65,10 @@ class Session:
         self.results = Results(self)
         self.saved = SavedWork(self)
         self.busy = ""
+        self.unsaved = ""
         self._ledgers: weakref.WeakKeyDictionary[Labels, tuple[Ledger, list[ClassEntry]]]
         self._ledgers = weakref.WeakKeyDictionary()
+        self._histories: weakref.WeakKeyDictionary[Labels, PaintHistory] = weakref.WeakKeyDictionary()
         self._watch = LayerWatch(self)
 
     @property
@@ -136,6 +140,7 @@ class Session:
             raise UserError(f"{self.busy} is running; wait for it or cancel it first")
         self.flush()
         recut(self, slice_axis)
+        self.select_labels()
         self._changed()
         self.offer_changed.emit()
         self.told.emit("cut along another axis; strokes of before can no longer be undone")
@@ -174,7 +179,8 @@ class Session:
             self.classes = classes or entries_of(_layers.class_names(layer), values_in(array))
             self._remember_ledger()
             _layers.set_classes(layer, self.classes)
-            self.paint = PaintWatch(layer)
+            history = self._histories.setdefault(layer, PaintHistory())
+            self.paint = PaintWatch(layer, history, self.ledger)
             self.show_predicted()
         self.labels_changed.emit()
         self.classes_changed.emit()
@@ -228,13 +234,16 @@ class Session:
         viewer = self._viewer()
         if viewer is not None:
             self._watch.look(viewer)
-        if self.paint is not None and self.paint.touched:
+        if viewer is not None and self.paint is not None and self.paint.touched:
             self._compare_labels()
         if self.saved.autosave.due:
             self.saved.save()
         self.saved.autosave.go_on()
         for message in self.saved.autosave.messages():
             self.warned.emit(message)
+        if self.unsaved != self.saved.autosave.problem:
+            self.unsaved = self.saved.autosave.problem
+            self.unsaved_changed.emit()
 
     def save(self) -> None:
         """Save now whatever is not saved, in the background."""
@@ -316,7 +325,8 @@ class Session:
             )
             self.choose_labels(None)
             return
-        changed = self.paint.note_changes(self.ledger)
+        shown = self.slice if _layers.shows_slices(self.viewer, self.labels) else None
+        changed = self.paint.note_changes(self.ledger, shown)
         if changed:
             self._changed()
             known = {entry.value for entry in self.classes}

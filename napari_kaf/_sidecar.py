@@ -125,6 +125,11 @@ class Sidecar:
         found = self._in_place() or self._set_aside()
         return self._load(max(found, key=lambda path: found[path])) if found else None
 
+    def of_other_voxels(self) -> Path | None:
+        """The file in the first place if it belongs to a volume of the same name and other voxels, else None."""
+        place = self._places[0]
+        return place if len(self._places) > 1 and self._is_taken(place) else None
+
     def save(self, snapshot: Snapshot, replaces: tuple[str, str] | None = None) -> Saved:
         """Write to the first place that can be written and is not taken by another volume.
 
@@ -157,7 +162,7 @@ class Sidecar:
 
     def _in_place(self) -> dict[Path, str]:
         """The files of this volume, and when they were saved."""
-        headers = {path: _header(path) for path in self._places if path.is_file()}
+        headers = {path: _header(path) for path in self._places if _is_there(path)}
         return {path: header.saved for path, header in headers.items() if self._fits(header)}
 
     def _set_aside(self) -> dict[Path, str]:
@@ -165,7 +170,10 @@ class Sidecar:
         found = {}
         for place in self._places:
             name = place.name.removesuffix(_ENDING)
-            for path in place.parent.glob(f"{name}.*{_ENDING}"):
+            files: list[Path] = []
+            with contextlib.suppress(OSError):  # a folder that cannot be reached
+                files = list(place.parent.glob(f"{name}.*{_ENDING}"))
+            for path in files:
                 if _SET_ASIDE.fullmatch(path.name, len(name)):
                     with contextlib.suppress(UserError):  # damaged
                         header = _header(path)
@@ -179,7 +187,7 @@ class Sidecar:
     def _is_taken(self, place: Path) -> bool:
         """Whether another volume of this name has its work there."""
         with contextlib.suppress(UserError):
-            return place.is_file() and not self._fits(_header(place))
+            return _is_there(place) and not self._fits(_header(place))
         return False
 
     def _make_room(self, path: Path, owner: str, replaces: tuple[str, str] | None) -> Path | None:
@@ -272,6 +280,14 @@ def _archive(path: Path) -> Iterator[Any]:
             yield content
     except Exception as error:  # a broken archive raises nearly anything
         raise UserError(f"{path} holds saved labels but is damaged ({error}); it is left as it is") from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file; of a folder that cannot be reached, none is."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _stamp() -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from napari.utils.notifications import show_error
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import (
     QAbstractItemView,
@@ -20,14 +20,16 @@ from qtpy.QtWidgets import (
 )
 
 from kaf_model.config import SegmentConfig
+from kaf_model.errors import UserError
 from napari_kaf import _layers
 from napari_kaf._agreement import agreement
+from napari_kaf._classes import entries_of, values_in
 from napari_kaf._paths import models_folder
 from napari_kaf._runs import Run, RunStore
-from napari_kaf._segment_task import OpenSource, SegmentRequest, VolumeSegmented, segment_task
+from napari_kaf._segment_task import OpenSource, SegmentOutcome, SegmentRequest, VolumeSegmented, segment_task
 from napari_kaf._settings import settings
 from napari_kaf.widgets._job_row import JobRow
-from napari_kaf.widgets._panel import Life, answering, button, heading, say, words
+from napari_kaf.widgets._panel import Life, answering, button, completed, heading, say, words
 from napari_kaf.widgets._short_table import ShortTable
 
 _COLUMNS = ("Run", "When", "Slices", "Steps", "Dice")
@@ -73,6 +75,7 @@ class HistorySection(QWidget):
         self.status = words()
         column.addWidget(self.status)
         life.listen(self.session.runs_changed, self.refresh)
+        life.listen(self.session.volume_changed, lambda: say(self.status, ""))
         self.session.results.reload()  # a training whose panel was closed has ended since
 
     @property
@@ -122,16 +125,27 @@ class HistorySection(QWidget):
 
         def made(report: Any) -> None:
             if isinstance(report, VolumeSegmented):
-                store.add(run, report.segmentation.labels)
+                try:
+                    store.add(run, report.segmentation.labels)
+                except UserError as error:
+                    show_error(str(error))
                 if self.session.works_on(opened):
                     self.session.results.reload()
-                    self.session.results.show(run)
+                    self.session.results.show(run, report.segmentation.labels)
+
+        def done(outcome: SegmentOutcome) -> None:
+            if outcome.stopped:
+                self._row.say(f"Stopped; Show makes the result of {run.name} anew.")
+            elif self.session.works_on(opened):
+                self._row.say(f"The result of {run.name} lies in its own layer.")
+            else:
+                self._row.say(f"The result of {run.name} is made; choose its volume and Show it.")
 
         self._row.run(
             "Segmenting",
             lambda control: segment_task(request, control),
             on_report=made,
-            on_done=lambda outcome: self._row.say(f"The result of {run.name} lies in its own layer."),
+            on_done=done,
         )
 
     @answering
@@ -141,11 +155,12 @@ class HistorySection(QWidget):
         if run is None or session.opened is None or results.store is None:
             return
         other = results.store.labels(run)
-        _layers.show(session.viewer, session.opened, other, "comparison", session.classes, name="comparison")
+        classes = session.classes or entries_of(results.store.class_names(run), values_in(other))
+        _layers.show(session.viewer, session.opened, other, "comparison", classes, name="comparison")
         if results.labels is None or results.shown is None:
             say(self.status, f"{run.name} is outlined; Show another run to compare it with.")
             return
-        scores = agreement(results.labels, other, session.classes)
+        scores = agreement(results.labels, other, classes)
         told = ", ".join(f"{name} {dice:.3f}" for name, dice in scores.items())
         say(self.status, f"Dice of {run.name} (outlined) with {results.shown.name}: {told}")
 
@@ -173,8 +188,8 @@ class HistorySection(QWidget):
             str(models_folder() / f"{run.name}.safetensors"),
             "Checkpoints (*.safetensors)",
         )
-        if name:
-            path = Path(name) if name.endswith(".safetensors") else Path(f"{name}.safetensors")
+        path = completed(self, name, (".safetensors",))
+        if path is not None:
             store.save_model(run, path)
             self.session.runs_changed.emit()  # lists of models look again
             say(self.status, f"Model saved as {path}")

@@ -106,6 +106,9 @@ class JobRow(QWidget):
             self.say(nothing)
 
         self._running = True
+        session.set_busy(
+            title
+        )  # before a second click can come: napari draws, and takes clicks, while a job is made
         self._shown = (0.0, "")
         self._told: set[str] = set()
         self._fill(0, None)
@@ -114,15 +117,16 @@ class JobRow(QWidget):
         self.life.job = Job(
             title, task, on_report=report, on_done=done, on_failed=failed, on_given_up=given_up
         )
-        session.set_busy(title)
 
     @answering
     def toggle(self, *_: Any) -> None:
         """Start, or cancel what runs; a second time, leave out what is left to do for the result."""
         job = self.life.job
-        if not self._running or job is None:
+        if not self._running:
             if self._ready():
                 self._start()
+            return
+        if job is None:  # it is being made
             return
         job.cancel()
         self.button.setEnabled(False)

@@ -123,7 +123,7 @@ class KeypointsView(View):
                 f"{sum(counts)} keypoints on {len(counts)} slices; a slice has {min(counts)} to {max(counts)}, "
                 f"median {np.median(counts):g}"
             )
-        if not sum(counts):
+        if not sum(counts) and self.contrast.isEnabled():
             told += ". Lower the contrast threshold to find more."
         elif max(counts) >= self.cap.value():
             told += ". The cap was reached: only the strongest are shown."

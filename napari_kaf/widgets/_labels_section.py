@@ -48,6 +48,8 @@ class LabelsSection(QWidget):
         column.addLayout(row)
         self.hint = words()
         column.addWidget(self.hint)
+        self.unsaved = words()
+        column.addWidget(self.unsaved)
         self.table = self._make_table()
         column.addWidget(self.table)
         row = QHBoxLayout()
@@ -68,8 +70,10 @@ class LabelsSection(QWidget):
         for signal in (self.session.layers_changed, self.session.volume_changed, self.session.labels_changed):
             life.listen(signal, self.refresh)
         life.listen(self.session.classes_changed, self._show_classes)
+        life.listen(self.session.unsaved_changed, self._show_unsaved)
         self.refresh()
         self._show_classes()
+        self._show_unsaved()
 
     def refresh(self) -> None:
         """Show the label layers on the grid of the volume."""
@@ -83,6 +87,10 @@ class LabelsSection(QWidget):
         say(self.hint, self._unusable() if opened is not None else "")
         for widget in (self.table, self.add, self.drop):
             widget.setEnabled(labels is not None)
+
+    def _show_unsaved(self) -> None:
+        problem = self.session.unsaved
+        say(self.unsaved, f"Not saved: {problem}" if problem else "")
 
     def _unusable(self) -> str:
         """What to say of label layers that lie on another grid."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeGuard, TypeVar
 
 from napari.utils.notifications import show_error
@@ -17,6 +18,7 @@ from qtpy.QtWidgets import (
     QComboBox,
     QFrame,
     QLabel,
+    QMessageBox,
     QPushButton,
     QScrollArea,
     QScrollBar,
@@ -196,6 +198,23 @@ def button(text: str, tip: str, slot: Callable[..., None]) -> QPushButton:
     made.setToolTip(tip)
     made.clicked.connect(slot)
     return made
+
+
+def completed(parent: QWidget, name: str, endings: Sequence[str]) -> Path | None:
+    """The file that somebody named in a dialog, with the first ending if it has none of them; None if nobody did.
+
+    The dialog asks before a file is replaced, but not about one whose ending was left out; that is asked here.
+    """
+    if not name:
+        return None
+    if name.endswith(tuple(endings)):
+        return Path(name)
+    path = Path(f"{name}{endings[0]}")
+    if path.exists():
+        answer = QMessageBox.question(parent, "Replace file", f"{path.name} is there already. Replace it?")
+        if answer != QMessageBox.StandardButton.Yes:
+            return None
+    return path
 
 
 def heading(text: str) -> QLabel:

@@ -60,6 +60,7 @@ class Picture:
     Attributes:
         image: What is beneath, or None.
         heat: What is laid over it, or None.
+        reach: How far that goes, as parts of height and width: the cells of a level may go beyond the slice.
         caption: Words above.
         tip: Words under the pointer.
         mark: A place (y, x) as parts of height and width, or None.
@@ -68,6 +69,7 @@ class Picture:
 
     image: QImage | None = None
     heat: QImage | None = None
+    reach: tuple[float, float] = (1.0, 1.0)
     caption: str = ""
     tip: str = ""
     mark: tuple[float, float] | None = None
@@ -145,9 +147,13 @@ class PictureGrid(QWidget):
         if picture.image is not None:
             painter.drawImage(cell, picture.image)
         if picture.heat is not None:
+            down, across = picture.reach
+            painter.save()
+            painter.setClipRect(cell)
             painter.setOpacity(0.6 if picture.image is not None else 1.0)
-            painter.drawImage(cell, picture.heat)
-            painter.setOpacity(1.0)
+            covered = QRectF(cell.left(), cell.top(), across * cell.width(), down * cell.height())
+            painter.drawImage(covered, picture.heat)
+            painter.restore()
         if picture.image is None and picture.heat is None:
             painter.drawRect(cell)
         if picture.mark is not None:

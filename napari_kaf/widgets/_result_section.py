@@ -12,7 +12,7 @@ from kaf_model.errors import UserError
 from napari_kaf import _layers
 from napari_kaf._keys import with_key
 from napari_kaf._writer import write_and_compare
-from napari_kaf.widgets._panel import Life, answering, button, heading, say, words
+from napari_kaf.widgets._panel import Life, answering, button, completed, heading, say, words
 
 
 class ResultSection(QWidget):
@@ -27,7 +27,9 @@ class ResultSection(QWidget):
         row = QHBoxLayout()
         self.accept = button("Accept slice", with_key("accept"), self.accept_slice)
         self.accept_whole = button("Accept all", with_key("accept_all"), self.accept_all)
-        self.put_away = button("Reject", with_key("reject") + "\nThe run stays in the history", self.reject)
+        self.put_away = button(
+            "Reject", with_key("reject") + "\nThat of a run stays in the history", self.reject
+        )
         for widget in (self.accept, self.accept_whole, self.put_away):
             row.addWidget(widget)
         column.addLayout(row)
@@ -41,7 +43,8 @@ class ResultSection(QWidget):
         column.addWidget(self.status)
         for signal in (self.session.runs_changed, self.session.labels_changed):
             life.listen(signal, self.refresh)
-        say(self.status, "")
+        life.listen(self.session.volume_changed, self._forget)
+        self._forget()
         self.refresh()
 
     def refresh(self) -> None:
@@ -50,6 +53,10 @@ class ResultSection(QWidget):
         for widget in (self.accept, self.accept_whole, self.put_away):
             widget.setEnabled(there)
         self.export.setEnabled(self.session.labels is not None)
+
+    def _forget(self) -> None:
+        """Say nothing more of another volume."""
+        say(self.status, "")
 
     @answering
     def accept_slice(self, *_: Any) -> None:
@@ -70,8 +77,10 @@ class ResultSection(QWidget):
     @answering
     def reject(self, *_: Any) -> None:
         """Put the result away."""
+        run = self.session.results.shown
         self.session.results.reject()
-        say(self.status, "Result put away; its run is in the history.")
+        kept = f"; {run.name} stays in the history" if run is not None else ", and not kept: no run made it"
+        say(self.status, f"Result put away{kept}.")
 
     @answering
     def export_labels(self, *_: Any) -> None:
@@ -86,8 +95,9 @@ class ResultSection(QWidget):
             str(folder / f"{opened.volume.name}_labels.nii.gz"),
             "NIfTI (*.nii.gz *.nii)",
         )
-        if name:
-            self.export_to(Path(name if name.endswith((".nii", ".nii.gz")) else f"{name}.nii.gz"))
+        path = completed(self, name, (".nii.gz", ".nii"))
+        if path is not None:
+            self.export_to(path)
 
     def export_to(self, path: Path) -> None:
         """Write the labels, compare, and say what came of it.

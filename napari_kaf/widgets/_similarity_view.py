@@ -253,11 +253,13 @@ def _extremes(maps: Sequence[NDArray[np.float32]]) -> Limits:
 def _picture(answer: SimilarityAnswer, z: int, level: int, limits: Limits) -> Picture:
     own = z == round(answer.place[0])
     height, width = answer.images[z].shape
+    cells, side = answer.maps[z, level], 2 ** (level - 1)
     captions = [f"level {level}"] if z == answer.slices[0] else []
     captions += [f"z {z}"] if level == LEVELS[0] else []
     return Picture(
         grey_image(answer.images[z]),
-        heat_image(answer.maps[z, level], limits),
+        heat_image(cells, limits),
+        (cells.shape[0] * side / height, cells.shape[1] * side / width),
         ", ".join(captions),
         f"slice {z}, level {level}: similarity {limits[0]:.2f} (dark) to {limits[1]:.2f} (bright)\n"
         "Click to go there with this level on the canvas",
@@ -273,7 +275,19 @@ def _pictures(view: AugmentedView) -> list[Picture]:
     told = f"similarity {limits[0]:.2f} (dark) to {limits[1]:.2f} (bright)"
     grey = grey_image(view.image)
     return [
-        Picture(grey, None, "augmented", "The slice, moved by a random transform", mark),
-        Picture(grey, heat_image(view.computed, limits), "computed", f"Computed on it: {told}", mark),
-        Picture(grey, heat_image(view.carried, limits), "carried over", f"Carried over: {told}", mark),
+        Picture(grey, caption="augmented", tip="The slice, moved by a random transform", mark=mark),
+        Picture(
+            grey,
+            heat_image(view.computed, limits),
+            caption="computed",
+            tip=f"Computed on it: {told}",
+            mark=mark,
+        ),
+        Picture(
+            grey,
+            heat_image(view.carried, limits),
+            caption="carried over",
+            tip=f"Carried over: {told}",
+            mark=mark,
+        ),
     ]

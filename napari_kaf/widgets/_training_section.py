@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from qtpy.QtWidgets import QVBoxLayout, QWidget
 
 from kaf_model.volume import Volume
 from napari_kaf import _layers
+from napari_kaf._classes import ClassEntry
 from napari_kaf._finetune_task import (
     FinetuneOutcome,
     FinetuneRequest,
@@ -40,6 +41,7 @@ class TrainingSection(QWidget):
         super().__init__()
         self.life, self.session = life, life.session
         self._opened: _layers.OpenVolume | None = None
+        self._classes: Sequence[ClassEntry] = ()
         column = QVBoxLayout(self)
         column.setContentsMargins(0, 0, 0, 0)
         self.form = TrainingForm(life)
@@ -51,6 +53,7 @@ class TrainingSection(QWidget):
             life.listen(signal, self._show_ready)
         life.listen(self.session.volume_changed, self._leave_volume)
         life.listen(self.session.viewer.dims.events.current_step, self._follow_slice)
+        life.at_end(self._leave_no_preview)
         self._show_ready()
 
     def start(self) -> None:
@@ -60,7 +63,7 @@ class TrainingSection(QWidget):
             UserError: If something is missing for it.
         """
         snapshot = take_snapshot(self.session)
-        self._opened = self.session.opened
+        self._opened, self._classes = self.session.opened, list(self.session.classes)
         request = self._request(snapshot)
         self.row.run(
             FINETUNING,
@@ -118,7 +121,8 @@ class TrainingSection(QWidget):
 
     def _show_preview(self, report: SlicePreview | VolumePreview) -> None:
         assert self._opened is not None
-        viewer, opened, classes = self.session.viewer, self._opened, self.session.classes
+        viewer, opened = self.session.viewer, self._opened
+        classes = self.session.classes if self.session.works_on(opened) else self._classes
         layers = _layers.layers_with_role(viewer, "preview", opened.layer)
         if isinstance(report, VolumePreview):
             _layers.show(viewer, opened, report.labels, "preview", classes, name="preview")
@@ -137,7 +141,9 @@ class TrainingSection(QWidget):
         if outcome.problem:
             show_error(outcome.problem)
         if not session.works_on(self._opened):
-            show_info(f"{run.name} on {volume.name} is finished; choose that volume to see it")
+            show_info(
+                f"{run.name} on {volume.name} is finished; choose that volume and Show the run to see it"
+            )
             return
         session.results.reload()
         if outcome.labels is not None:
@@ -145,6 +151,10 @@ class TrainingSection(QWidget):
         told = _in_words(outcome) if run.steps else f"Stopped before the first step. {CARRIED}"
         hint = ends_hint(session) if outcome.labels is not None else ""
         self.row.say(f"{told}\n{hint}".rstrip())
+
+    def _leave_no_preview(self) -> None:
+        if self.row.running and self.session.alive:
+            _layers.remove(self.session.viewer, "preview")
 
     def _nothing(self) -> None:
         _layers.remove(self.session.viewer, "preview")
@@ -162,7 +172,7 @@ def _in_words(outcome: FinetuneOutcome) -> str:
     then = "The result lies in its own layer; accept what is right."
     if outcome.labels is None:
         then = "The volume was not segmented yet; Show, in the list of runs, does that."
-    return f"{what} after {run.steps} steps, {minutes(run.seconds)}.{dice} {then}"
+    return f"{what} after {run.steps} steps, {minutes(run.seconds)} of training.{dice} {then}"
 
 
 def _begun(key: str, statuses: Mapping[int, str], start: str, name: str) -> Run:

@@ -262,7 +262,7 @@ class SegmentWidget(Panel):
                     raise UserError(
                         f"{opened.layer.name} has no label layer to compare with; choose no reference"
                     )
-                of_file = [layer for layer in drawn if layer.source.path]
+                of_file = [layer for layer in drawn if _layers.file_of(layer)]
                 reference = _layers.stack((of_file or drawn)[0]).copy()
             worked_on = current is not None and current.layer is opened.layer
             use = worked_on and self.finished.isEnabled() and self.finished.isChecked()

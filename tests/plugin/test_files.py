@@ -10,6 +10,7 @@ import pytest
 
 from kaf_model.errors import UserError
 from kaf_model.volume import Volume, read_volume, write_labels
+from napari_kaf import _writer
 from napari_kaf._layers import KEY
 from napari_kaf._reader import get_reader, read_layers
 from napari_kaf._sample_data import write_samples
@@ -68,20 +69,27 @@ def test_labels_are_written_on_the_grid_of_the_file(oblique, tmp_path):
     )
 
 
-def test_what_cannot_be_written_is_said_not_raised(oblique, tmp_path):
+def test_what_cannot_be_written_is_said_not_raised(oblique, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("napari.utils.notifications.show_error", said.append)
     ((array, arguments, _kind),) = read_layers(str(oblique))
     assert write_labels_layer(str(tmp_path / "out.txt"), array * 0, arguments) == []
+    assert len(said) == 1
+    assert ".nii" in said[0]
 
 
-def test_a_changed_grid_is_told(oblique, tmp_path):
+def test_a_changed_grid_and_changed_labels_are_told(oblique, tmp_path, monkeypatch):
     volume = read_volume(oblique)
     other = Volume.from_array(volume.array, volume.spacing)
-    target = tmp_path / "out.nii.gz"
-    assert write_and_compare(target, volume.array * 0, volume) == []
-    write_labels(target, volume.array * 0, other)
-    from kaf_model.volume import same_grid
-
-    assert same_grid(target, volume)
+    target, labels = tmp_path / "out.nii.gz", volume.array * 0
+    assert write_and_compare(target, labels, volume) == []
+    monkeypatch.setattr(_writer, "write_labels", lambda path, values, _: write_labels(path, values, other))
+    assert any("mm away" in told for told in write_and_compare(target, labels, volume))
+    monkeypatch.setattr(
+        _writer, "write_labels", lambda path, values, like: write_labels(path, values + 1, like)
+    )
+    (told,) = write_and_compare(target, labels, volume)
+    assert told == "the labels that were read back differ from those that were written"
 
 
 def test_a_folder_opens_whole_and_an_unreadable_file_is_passed_over(oblique, tmp_path):

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from qtpy.QtCore import Qt
-from qtpy.QtWidgets import QApplication, QLabel
+from qtpy.QtWidgets import QApplication, QFileDialog, QInputDialog, QLabel, QMessageBox
 
 from kaf_model.checkpoint import load_header
 from kaf_model.errors import UserError
@@ -17,10 +17,11 @@ from kaf_model.progress import Progress
 from kaf_model.volume import Volume
 from napari_kaf import _layers
 from napari_kaf._classes import add_class
-from napari_kaf._finetune_task import FinetuneOutcome, FinetuneRequest
-from napari_kaf._jobs import Report
+from napari_kaf._finetune_task import FinetuneOutcome, FinetuneRequest, SlicePreview
+from napari_kaf._jobs import Job, Report
 from napari_kaf._keys import KEYS
 from napari_kaf._ledger import Cell
+from napari_kaf.widgets._panel import completed
 
 
 def finish(panel, qtbot) -> None:
@@ -172,8 +173,11 @@ def test_looking_at_another_volume_leaves_the_preview_on_the_first(labelled, qtb
     viewer, panel = labelled
     waiting = threading.Event()
 
+    elsewhere = threading.Event()
+
     def learning(request: FinetuneRequest, control: object):
-        yield from ()
+        elsewhere.wait(60)
+        yield SlicePreview(2, np.ones((48, 64), np.uint8))
         waiting.wait(60)
 
     monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", learning)
@@ -184,9 +188,17 @@ def test_looking_at_another_volume_leaves_the_preview_on_the_first(labelled, qtb
     longer = Volume.from_array(
         np.arange(48_000, dtype=np.int16).reshape(30, 40, 40), (8, 2, 2), name="longer"
     )
-    panel.session.choose_volume(_layers.add_volume(viewer, longer, "longer"))
+    other = _layers.add_volume(viewer, longer, "longer")
+    panel.session.choose_volume(other)
     panel.session.go_to(29)
     assert panel.life.job.control.slice == 2
+    first.visible = False
+    elsewhere.set()
+    qtbot.waitUntil(lambda: bool(_layers.layers_with_role(viewer, "preview")), timeout=30_000)
+    (preview,) = _layers.layers_with_role(viewer, "preview", first)
+    assert not preview.visible  # nor is its volume
+    assert list(_layers.class_names(preview)) == [1]
+    assert not _layers.layers_with_role(viewer, "preview", other)
     panel.session.choose_volume(first)
     panel.session.go_to(4)
     assert panel.life.job.control.slice == 4
@@ -213,15 +225,35 @@ def test_a_second_cancel_takes_what_was_last_seen(labelled, qtbot, monkeypatch):
     np.testing.assert_array_equal(panel.session.results.labels, seen[-1].labels)
 
 
+def test_previews_are_not_counted_as_training(labelled, qtbot, monkeypatch):
+    _viewer, panel = labelled
+    from napari_kaf._finetune_task import _Previews
+
+    pauses = iter([10.0])
+
+    def slow(_previews: object, progress: Progress):
+        if progress.preview is not None:
+            time.sleep(next(pauses, 0.0))
+        yield from ()
+
+    monkeypatch.setattr(_Previews, "due", slow)
+    panel.training.row.button.click()
+    finish(panel, qtbot)
+    assert 1.0 < panel.session.results.runs[0].seconds < 15.0  # and not 16
+    assert " s of training." in panel.training.row.status.text()
+
+
 def test_closing_the_panel_ends_the_training(labelled, qtbot):
     viewer, panel = labelled
     panel.training.form.minutes.setValue(60)
     panel.training.row.button.click()
     qtbot.waitUntil(lambda: len(panel.training.curve.points("total")) >= 1, timeout=300_000)
+    assert _layers.layers_with_role(viewer, "preview")
     worker, results = panel.life.job._worker, panel.session.results
     viewer.window.remove_dock_widget("all")
     qtbot.waitUntil(lambda: not worker.is_running, timeout=20_000)
     assert "Shift-C" not in [str(key) for key in viewer.keymap]
+    assert not _layers.layers_with_role(viewer, "preview")
     _dock, again = viewer.window.add_plugin_dock_widget("napari-kaf", "Finetune")
     (run,) = again.session.results.runs  # what it had learnt is not lost
     assert run.steps >= 1
@@ -240,7 +272,7 @@ def test_deleting_the_volume_while_it_trains_does_no_harm(labelled, qtbot, notif
     finish(panel, qtbot)
     qtbot.wait(300)
     assert panel.session.opened is None
-    assert "choose that volume to see it" in notifications[-1]
+    assert "choose that volume and Show the run" in notifications[-1]
 
 
 def test_a_broken_checkpoint_is_answered(open_panel, small_heart, tmp_path):
@@ -268,11 +300,118 @@ def test_an_unforeseen_error_becomes_a_message_with_its_details_kept(
     assert panel.training.row.button.isEnabled()
 
 
+def test_a_second_click_while_a_training_is_begun_begins_no_other(labelled, qtbot, monkeypatch):
+    """napari takes clicks while a job is made: it draws its bar."""
+    _viewer, panel = labelled
+    made = []
+
+    def making(*arguments: object, **options: object):
+        panel.training.row.toggle()
+        made.append(Job(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr("napari_kaf.widgets._job_row.Job", making)
+    panel.training.row.button.click()
+    assert panel.session.busy
+    finish(panel, qtbot)
+    assert len(made) == 1
+    assert len(panel.session.results.runs) == 1
+    assert not panel.session.results.runs[0].stopped
+
+
+def test_a_file_whose_ending_was_left_out_is_not_replaced_unasked(labelled, tmp_path, monkeypatch):
+    _viewer, panel = labelled
+    asked = []
+    answers = iter([QMessageBox.StandardButton.No, QMessageBox.StandardButton.Yes])
+    monkeypatch.setattr(QMessageBox, "question", lambda *words: (asked.append(words[-1]), next(answers))[1])
+    endings = (".nii.gz", ".nii")
+    assert completed(panel, "", endings) is None
+    assert completed(panel, str(tmp_path / "a.nii"), endings) == tmp_path / "a.nii"
+    assert completed(panel, str(tmp_path / "a"), endings) == tmp_path / "a.nii.gz"
+    assert not asked
+    (tmp_path / "a.nii.gz").touch()
+    assert completed(panel, str(tmp_path / "a"), endings) is None
+    assert completed(panel, str(tmp_path / "a"), endings) == tmp_path / "a.nii.gz"
+    assert asked == ["a.nii.gz is there already. Replace it?"] * 2
+
+
 def test_keys_are_bound_and_listed_once(labelled):
     viewer, panel = labelled
     bound = {str(key) for key in viewer.keymap}
     assert {key.replace("-", "+") for key, _what in KEYS.values()} <= {key.replace("-", "+") for key in bound}
     assert "(Shift+C)" in panel.ledger.buttons[Cell.COMPLETE].toolTip()
+
+
+def test_each_key_does_what_it_says(labelled, qtbot):
+    viewer, panel = labelled
+    viewer.window.show()
+    viewer.window._qt_window.activateWindow()
+    canvas = viewer.window._qt_viewer.canvas.native
+    canvas.setFocus()
+    qtbot.waitUntil(lambda: QApplication.focusWidget() is canvas, timeout=30_000)
+    session, shift = panel.session, Qt.KeyboardModifier.ShiftModifier
+
+    def press(key: str, modifier: Qt.KeyboardModifier = shift) -> None:
+        qtbot.keyClick(canvas, key, modifier)
+
+    session.go_to(1)
+    press("N")
+    assert session.slice == 3
+    press("B")
+    assert session.slice == 1
+    press("U")
+    assert session.ledger.states[1] is Cell.UNTOUCHED
+    press("C")
+    assert session.ledger.states[1] is Cell.COMPLETE
+    session.go_to(0)
+    press("E")
+    assert session.ledger.states[0] is Cell.EMPTY
+    press("G")
+    finish(panel, qtbot)
+    assert session.results.labels is not None
+    session.go_to(2)
+    press("A")
+    assert session.ledger.states[2] is Cell.ACCEPTED
+    assert session.ledger.states[4] is Cell.UNTOUCHED
+    press("A", shift | Qt.KeyboardModifier.AltModifier)
+    assert session.ledger.states[4] is Cell.ACCEPTED
+    press("R")
+    assert session.results.labels is None
+    assert "no run made it" in panel.result.status.text()
+
+
+def test_runs_are_renamed_saved_and_deleted(labelled, qtbot, monkeypatch, tmp_path):
+    _viewer, panel = labelled
+    panel.training.row.button.click()
+    finish(panel, qtbot)
+    history, results = panel.history, panel.session.results
+    history.table.selectRow(0)
+    monkeypatch.setattr(QInputDialog, "getText", lambda *_, **__: ("best", True))
+    history.rename.click()
+    assert history.table.item(0, 0).text() == "best"
+    (run,) = results.runs
+    monkeypatch.setattr(QFileDialog, "getSaveFileName", lambda *_: (str(tmp_path / "mine"), ""))
+    history.save.click()
+    assert (tmp_path / "mine.safetensors").read_bytes() == results.store.model_path(run.key).read_bytes()
+    answers = iter([QMessageBox.StandardButton.No, QMessageBox.StandardButton.Yes])
+    monkeypatch.setattr(QMessageBox, "question", lambda *_: next(answers))
+    history.delete.click()
+    assert results.runs == [run]
+    history.delete.click()
+    assert results.runs == []
+    assert results.labels is None
+    assert not results.store.model_path(run.key).exists()
+    assert history.isHidden()
+
+
+def test_held_out_slices_are_measured_when_asked_for(labelled, qtbot):
+    _viewer, panel = labelled
+    panel.training.form.hold_out.setChecked(True)
+    panel.training.row.button.click()
+    finish(panel, qtbot)
+    (run,) = panel.session.results.runs
+    assert run.held_out_dice is not None
+    assert f"Held-out Dice {run.held_out_dice:.3f}" in panel.training.row.status.text()
 
 
 def test_a_key_leads_into_the_panel_and_escape_back(labelled, qtbot):
@@ -281,7 +420,7 @@ def test_a_key_leads_into_the_panel_and_escape_back(labelled, qtbot):
     viewer.window._qt_window.activateWindow()
     canvas = viewer.window._qt_viewer.canvas.native
     canvas.setFocus()
-    qtbot.waitUntil(lambda: QApplication.focusWidget() is canvas)
+    qtbot.waitUntil(lambda: QApplication.focusWidget() is canvas, timeout=30_000)
     qtbot.keyClick(canvas, "T", Qt.KeyboardModifier.ShiftModifier)
     assert QApplication.focusWidget() is panel.volume.box
     visited = []
@@ -312,7 +451,7 @@ def test_keys_work_wherever_the_focus_is(labelled, qtbot, place):
     viewer.window._qt_window.activateWindow()
     widget = operator.attrgetter(place)(panel)
     widget.setFocus()
-    qtbot.waitUntil(lambda: QApplication.focusWidget() is widget)
+    qtbot.waitUntil(lambda: QApplication.focusWidget() is widget, timeout=30_000)
     panel.session.go_to(3)
     qtbot.keyClick(widget, "P", Qt.KeyboardModifier.ShiftModifier)
     assert panel.session.ledger.states[3] is Cell.PARTIAL
@@ -414,7 +553,7 @@ def test_the_wheel_scrolls_and_changes_no_value(labelled, qtbot):
     assert panel.training.form.minutes.value() == before
 
 
-def test_a_class_that_is_not_painted_is_not_trained(labelled, monkeypatch):
+def test_a_class_that_is_not_painted_is_not_trained(labelled, qtbot, monkeypatch):
     _viewer, panel = labelled
     add_class(panel.session, "never painted")
     asked: list[FinetuneRequest] = []
@@ -426,7 +565,8 @@ def test_a_class_that_is_not_painted_is_not_trained(labelled, monkeypatch):
 
     monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", ask)
     panel.training.start()
-    time.sleep(0.2)
+    qtbot.waitUntil(lambda: bool(asked), timeout=30_000)
+    finish(panel, qtbot)
     assert asked[0].class_names == {1: "structure"}
 
 
@@ -442,7 +582,7 @@ def test_while_it_trains_nothing_moves_in_the_window_by_itself(labelled, qtbot, 
     monkeypatch.setattr("napari_kaf.widgets._training_section.finetune_task", waiting)
     panel.training.row.button.click()
     bar = panel.training.row.bar
-    qtbot.waitUntil(lambda: panel.training.row.status.text() == "Loading the engine")
+    qtbot.waitUntil(lambda: panel.training.row.status.text() == "Loading the engine", timeout=30_000)
     assert bar.maximum() > bar.minimum()  # a bar without a range is animated, and each frame draws the canvas
     assert bar.value() == 0
     (spinner,) = (label.movie() for label in panel.window().findChildren(QLabel) if label.movie() is not None)

@@ -86,7 +86,10 @@ def test_saved_work_comes_back_whole(tmp_path, plugin_home, voxels, snapshot):
 
 def test_another_volume_of_the_same_name_is_not_offered_it(tmp_path, plugin_home, voxels, snapshot):
     Sidecar(tmp_path / "scan.nii.gz", "scan", voxels).save(snapshot)
-    assert Sidecar(tmp_path / "scan.nii.gz", "scan", voxels + 1).load() is None
+    changed = Sidecar(tmp_path / "scan.nii.gz", "scan", voxels + 1)
+    assert changed.load() is None
+    assert changed.of_other_voxels() == tmp_path / "scan.kaf-labels.npz"
+    assert Sidecar(tmp_path / "scan.nii.gz", "scan", voxels).of_other_voxels() is None
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, plugin_home, voxels, snapshot, monkeypatch):
@@ -106,6 +109,27 @@ def test_a_folder_that_cannot_be_written_is_passed_over(tmp_path, plugin_home, v
     path = sidecar.save(snapshot).path
     assert path.parent == plugin_home / "labels"
     assert sidecar.load() is not None
+
+
+def test_a_folder_that_can_no_longer_be_reached_is_passed_over(
+    tmp_path, plugin_home, voxels, snapshot, monkeypatch
+):
+    sidecar = Sidecar(tmp_path / "share" / "scan.nii.gz", "scan", voxels)
+    sidecar.save(snapshot)
+    for name in ("is_file", "mkdir", "glob"):
+        monkeypatch.setattr(Path, name, _lost(getattr(Path, name), tmp_path / "share"))
+    path = sidecar.save(snapshot).path
+    assert path.parent == plugin_home / "labels"
+    np.testing.assert_array_equal(sidecar.load().labels, snapshot.labels)
+
+
+def _lost(real, folder):
+    def call(path, *arguments, **options):
+        if folder in (path, path.parent):
+            raise OSError(5, "Input/output error")
+        return real(path, *arguments, **options)
+
+    return call
 
 
 def test_declined_work_is_kept_under_another_name(tmp_path, plugin_home, voxels, snapshot):

@@ -22,8 +22,9 @@ from napari_kaf._classes import entries_of
 from napari_kaf._jobs import Control, Report
 from napari_kaf._ledger import Cell
 from napari_kaf._marking import mark
+from napari_kaf._pretrain_task import pretrain_task
 from napari_kaf._segment_task import SegmentOutcome, SegmentRequest, VolumeSegmented
-from napari_kaf.widgets import segment
+from napari_kaf.widgets import pretrain, segment
 from napari_kaf.widgets.segment import _BESIDE
 
 
@@ -319,7 +320,7 @@ def test_a_folder_is_looked_into_again_by_enter_and_not_by_leaving_it(
 
 def test_pretrain_cancel_resume_finish(pretrain_panel, qtbot, notifications):
     panel = pretrain_panel
-    panel.steps.setValue(3)
+    panel.steps.setValue(6)
     panel.row.button.click()
     qtbot.waitUntil(lambda: len(panel.curve.points("pcl")) >= 1, timeout=300_000)
     panel.pause.click()
@@ -333,17 +334,52 @@ def test_pretrain_cancel_resume_finish(pretrain_panel, qtbot, notifications):
     assert panel.resume.isEnabled()
     panel.resume.click()
     finish(panel, qtbot)
-    assert panel.row.status.text() == f"Finished after 3 steps: {panel.output}"
+    assert panel.row.status.text() == f"Finished after 6 steps: {panel.output}"
     assert [name for name, _ in panel.curve._points.items()] == ["pcl", "global", "local"]
     assert not panel.resume.isEnabled()
     from napari_kaf._models import choices
 
     (found,) = choices([], None, ["pretrained"])
-    assert found.about == "pretrained 3 steps on 1 volumes, 5 slices"
+    assert found.about == "pretrained 6 steps on 1 volumes, 5 slices"
 
 
-def test_the_estimate_is_measured(pretrain_panel, qtbot, notifications):
+def test_the_estimate_is_measured(pretrain_panel, qtbot, monkeypatch):
     pretrain_panel.trial.click()
     finish(pretrain_panel, qtbot)
     assert "2000 steps" in pretrain_panel.estimate.text()
     assert not pretrain_panel.output.is_file()
+
+    def three_seconds(request: object, control: object):
+        yield from ()
+        return 3.0
+
+    monkeypatch.setattr(pretrain, "trial_task", three_seconds)
+    pretrain_panel.trial.click()
+    finish(pretrain_panel, qtbot)
+    assert pretrain_panel.estimate.text() == "About 1.7 h: 2000 steps of 3.00 s each, measured just now."
+
+
+def test_a_paused_pretraining_takes_no_step(pretrain_panel, monkeypatch):
+    request, control = pretrain_panel._request(resume=False), Control()
+    losses: list[Progress] = []
+
+    def listen() -> None:
+        for report in pretrain_task(request, control):
+            if isinstance(report, Report) and report.progress.losses:
+                control.pause(True)
+                losses.append(report.progress)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        for count in (1, 2):
+            deadline = time.monotonic() + 300
+            while len(losses) < count and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(1.0)
+            assert len(losses) == count
+            control.pause(False)
+    finally:
+        control.cancel()
+        thread.join(300)
+    assert not thread.is_alive()

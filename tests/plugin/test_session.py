@@ -169,6 +169,26 @@ def test_an_accepted_slice_that_is_corrected_is_complete_until_that_is_undone(se
     assert session.ledger.states == (Cell.ACCEPTED,) * 4
 
 
+def test_a_stroke_through_the_volume_completes_only_the_slice_that_is_shown(session):
+    give_result(session)
+    session.results.accept(range(4))
+    session.go_to(2)
+    where = np.nonzero(np.broadcast_to(np.eye(12, 16, dtype=bool), SHAPE))
+    session.labels.data_setitem(where, 0)
+    session.poll()
+    accepted, complete = Cell.ACCEPTED, Cell.COMPLETE
+    assert session.ledger.states == (accepted, accepted, complete, accepted)
+    corrected = session.labels.data.copy()
+    give_result(session, value=2)
+    session.results.accept(range(4))
+    np.testing.assert_array_equal(session.labels.data, corrected)  # it stays as it was corrected
+    session.labels.undo()
+    session.poll()
+    assert session.ledger.states == (accepted,) * 4
+    session.results.accept(range(4))
+    assert (session.labels.data == session.results.labels).all()  # and is what a result may replace again
+
+
 def test_accepting_all_leaves_what_was_painted_by_hand_whenever_it_was(session):
     given = np.zeros(SHAPE, np.uint8)
     given[1, 3:6, 4:9] = 3  # painted before anybody watched, so it is untouched
@@ -242,6 +262,80 @@ def test_a_slice_marked_complete_stays_so_when_its_last_stroke_is_undone(session
     session.labels.undo()
     session.poll()
     assert session.ledger.states[1] is Cell.COMPLETE
+
+
+def test_a_result_is_accepted_into_labels_that_are_hidden(session, viewer):
+    """napari keeps no slice of a hidden layer, and would stop half way."""
+    result = give_result(session)
+    session.labels.visible = False
+    session.go_to(3)
+    viewer.layers.selection.active = _layers.layers_with_role(viewer, "result")[0]
+    session.results.accept(range(4))
+    np.testing.assert_array_equal(session.labels.data, result)
+    assert session.ledger.states == (Cell.ACCEPTED,) * 4
+    assert session.labels.visible
+    assert viewer.layers.selection.active is session.labels  # where Ctrl+Z takes it back
+    session.labels.undo()
+    session.poll()
+    assert session.ledger.states == (Cell.UNTOUCHED,) * 4
+
+
+def test_undo_brings_back_what_was_said_also_after_another_volume(session, viewer):
+    paint(session, 1)
+    give_result(session)
+    session.results.accept(range(4))
+    first = session.opened.layer
+    second = Volume.from_array(session.opened.volume.array + 1, (8, 1.5, 1.5), name="second")
+    session.choose_volume(_layers.add_volume(viewer, second, "second"))
+    session.choose_volume(first)
+    session.labels.undo()
+    session.poll()
+    assert session.ledger.states == (Cell.UNTOUCHED, Cell.PARTIAL, Cell.UNTOUCHED, Cell.UNTOUCHED)
+    session.choose_volume(None)
+    session.choose_volume(first)
+    session.labels.redo()
+    session.poll()
+    assert session.ledger.states == (Cell.ACCEPTED,) * 4
+
+
+def test_a_mark_is_not_undone_with_the_stroke_before_it_also_after_another_volume(session):
+    paint(session, 1)
+    first = session.opened.layer
+    session.choose_volume(None)
+    session.choose_volume(first)
+    mark(session, Cell.COMPLETE, [1])
+    session.labels.undo()
+    session.poll()
+    assert session.ledger.states[1] is Cell.COMPLETE
+
+
+def test_a_result_that_calls_a_value_otherwise_is_told(session):
+    said = []
+    session.warned.connect(said.append)
+    paint(session, 1)
+    give_result(session)
+    session.results.accept()
+    assert not said  # nobody has named it
+    session.set_classes(entries_of({1: "right ventricle"}))
+    session.results.show(None, give_result(session), {1: "left ventricle"})
+    session.results.accept(range(4))
+    assert said == [
+        "1 is right ventricle in your labels and left ventricle in the result you accepted; if they are not the same, "
+        "Ctrl+Z takes it back"
+    ]
+
+
+def test_what_is_shown_of_a_hidden_volume_is_hidden(session, viewer):
+    first = session.opened
+    second = Volume.from_array(first.volume.array + 1, (8, 1.5, 1.5), name="second")
+    layer = _layers.add_volume(viewer, second, "second")
+    found = np.ones(SHAPE, np.uint8)
+    for seen in (True, False):
+        first.layer.visible, layer.visible = seen, not seen
+        assert _layers.show(viewer, first, found, "result", name="result").visible is seen
+        _layers.remove(viewer, "result")
+    first.layer.visible = layer.visible = False
+    assert _layers.show(viewer, first, found, "result", name="result").visible  # looked at alone
 
 
 def test_accepting_a_finished_slice_is_refused(session):
@@ -431,7 +525,7 @@ def test_nothing_waits_for_the_disk_but_what_ends(session, viewer, slow_disk, mo
     assert take_snapshot(session).statuses == {1: "complete", 2: "partial"}
     second = Volume.from_array(session.opened.volume.array + 1, (8, 1.5, 1.5), name="second")
     session.choose_volume(_layers.add_volume(viewer, second, "second"))
-    assert not slow_disk.is_set()
+    assert session.saved.autosave._writing  # still
     slow_disk.set()
     session.flush()
     session.choose_volume(first)
@@ -632,6 +726,19 @@ def test_voxels_that_are_not_finite_are_filled_and_told(viewer, plugin_home):
     session.close()
 
 
+def test_a_lazy_array_that_no_memory_holds_is_not_read(viewer, plugin_home):
+    lazy = da.zeros((10_000, 20_000, 20_000), dtype=np.uint16, chunks=(1, 20_000, 20_000))
+    viewer.add_image(lazy, name="huge", contrast_limits=(0, 1), visible=False)
+    session = Session(viewer)
+    said = []
+    session.warned.connect(said.append)
+    session.poll()
+    assert session.opened is None
+    (told,) = said
+    assert told.startswith("huge: its 8000 GB are more than")
+    session.close()
+
+
 def test_a_lazy_array_is_read_once(viewer, plugin_home):
     read = []
 
@@ -684,7 +791,7 @@ def test_a_second_volume_has_labels_of_its_own(session, viewer):
     assert session.saved.offer is None
 
 
-def test_what_cannot_be_saved_is_told_once_and_tried_again(session, monkeypatch):
+def test_what_cannot_be_saved_is_told_and_tried_again(session, viewer, monkeypatch):
     said = []
     session.warned.connect(said.append)
     with monkeypatch.context() as broken:
@@ -693,10 +800,24 @@ def test_what_cannot_be_saved_is_told_once_and_tried_again(session, monkeypatch)
             paint(session, z)
             session.flush()
             session.poll()
+        assert "No space left" in session.unsaved
     assert len(said) == 1
     assert "No space left" in said[0]
     session.flush()  # still pending, and there is room again
+    session.poll()
     assert session.saved.autosave.sidecar.load().num_marked == 2
+    assert session.unsaved == ""
+    with monkeypatch.context() as broken:
+        broken.setattr(Sidecar, "_write", _full)
+        paint(session, 2)
+        session.flush()
+        session.poll()
+        assert len(said) == 2  # it is news again
+        viewer.layers.remove(session.labels)
+        session.poll()
+        assert painted(session.saved.offer.labels) == [0, 1, 2]  # not what was written before
+        session.saved.restore()
+        assert painted(session.labels.data) == [0, 1, 2]
 
 
 def test_a_shapes_layer_does_no_harm(make_napari_viewer, plugin_home, nothing_left):
@@ -722,6 +843,20 @@ def test_a_volume_is_cut_along_another_axis_with_its_labels(session, viewer):
     assert [entry.value for entry in session.classes] == [1, 2]
     session.recut(2)
     np.testing.assert_array_equal(session.labels.data, drawn)
+
+
+def test_after_a_cut_the_brush_is_on_the_labels_that_are_kept(session, viewer):
+    paint(session, 1)
+    reference = viewer.add_labels(np.ones(SHAPE, np.uint8), name="scan reference", scale=(8, 1.5, 1.5))
+    _layers.set_classes(reference, entries_of({1: "liver"}))
+    _layers.note(reference, file="scan_reference.nii.gz")
+    session.recut(0)
+    assert viewer.layers.selection.active is session.labels
+    assert painted(session.labels.data)
+    (cut,) = (layer for layer in viewer.layers if layer.name == "scan reference")
+    assert cut is not session.labels
+    assert _layers.class_names(cut) == {1: "liver"}
+    assert _layers.file_of(cut) == Path("scan_reference.nii.gz")
 
 
 def test_work_on_another_cut_is_restored_in_that_cut(session, viewer):
