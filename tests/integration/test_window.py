@@ -136,9 +136,7 @@ def test_label_finetune_accept_export(make_napari_viewer, qtbot, plugin_home, no
     click(panel.result.accept_whole)
     assert panel.session.ledger.states[5] == "accepted"
     target = tmp_path / "exported.nii.gz"
-    answer = QTimer()
-    answer.timeout.connect(lambda: _answer_dialog(str(target), answer))
-    answer.start(200)
+    QTimer.singleShot(1000, lambda: _answer_dialog(str(target)))
     click(panel.result.export)
     assert "same grid as source" in panel.result.status.text()
 
@@ -162,13 +160,14 @@ def _dice(ours: np.ndarray, theirs: np.ndarray) -> float:
     return 2 * np.count_nonzero(ours & theirs) / (np.count_nonzero(ours) + np.count_nonzero(theirs))
 
 
-def _answer_dialog(name: str, timer: QTimer) -> None:
-    """Name a file in the dialog once it is there."""
+def _answer_dialog(name: str) -> None:
+    """Name a file in the dialog; again, if it was not there yet or did not take it."""
     dialog = QApplication.activeModalWidget()
-    if not isinstance(dialog, QFileDialog):
-        return
-    timer.stop()
-    line = dialog.findChild(QLineEdit)
-    line.selectAll()
-    QTest.keyClicks(line, name)
-    QTest.keyClick(line, Qt.Key.Key_Return)
+    if isinstance(dialog, QFileDialog):
+        line = dialog.findChild(QLineEdit)
+        line.selectAll()
+        QTest.keyClicks(line, name)
+        QTest.keyClick(line, Qt.Key.Key_Return)
+        if not dialog.isVisible():
+            return
+    QTimer.singleShot(1000, lambda: _answer_dialog(name))
