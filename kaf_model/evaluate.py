@@ -356,7 +356,7 @@ def _evaluate_files(
 
 
 def _frame_in(path: Path, frame: int | None) -> int | None:
-    return frame if inspect_volume(path).num_frames > 1 else None
+    return frame if frame is not None and inspect_volume(path).num_frames > 1 else None
 
 
 def _pair(predictions: Path, references: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:

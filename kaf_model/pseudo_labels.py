@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from kaf_model.anatomy import keep_largest_components
 from kaf_model.config import KeypointConfig, PseudoLabelConfig, SliceConfig
-from kaf_model.engine import OutOfMemory, generator_for, is_out_of_memory, release_memory
+from kaf_model.engine import generator_for
 from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache, make_detector
 from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
@@ -35,7 +36,7 @@ from kaf_model.preparation import (
 )
 from kaf_model.progress import Progress
 from kaf_model.propagation import Propagation, propagate
-from kaf_model.segment import predict_slices
+from kaf_model.segment import in_batches, predict_slices
 from kaf_model.slices import Slices
 from kaf_model.volume import Unreadable, Volume, scan_volumes
 from kaf_model.volume_queue import VolumeFiles
@@ -204,25 +205,12 @@ class PseudoLabels:
         done = 0
         for index in chosen:
             prepared = self._pool[index].prepared
-            parts: list[NDArray[np.int16]] = []
-            start = 0
-            while start < len(prepared):
-                rows = slice(start, min(start + self._at_once, len(prepared)))
-                try:
-                    parts.append(self._predict(self._pool[index], rows, network, device))
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if self._at_once == 1:
-                        raise OutOfMemory(
-                            "a whole slice does not fit the memory of the device; use the device cpu, or learn from "
-                            "labelled slices alone with pseudo_labels.share=0"
-                        ) from error
-                    self._at_once //= 2
-                    release_memory()
-                    continue
-                start = rows.stop
-                done += rows.stop - rows.start
+            parts = []
+            work = partial(self._predict, self._pool[index], network=network, device=device)
+            for batch, found, size in in_batches(len(prepared), self._at_once, work):
+                self._at_once = size
+                parts.append(found)
+                done += batch.stop - batch.start
                 yield done, total
             labels[index] = self._settle(self._pool[index], np.concatenate(parts))
         self._take(labels)

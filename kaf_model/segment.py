@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from kaf_model.temporary_arrays import zeros_on_disk
 from kaf_model.unet import SegmentationNetwork
 from kaf_model.volume import Volume
 from kaf_model.volume_write import smallest_type
+
+Result = TypeVar("Result")
 
 _FLIPS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
 
@@ -151,30 +154,55 @@ def _predictions(
     """Slices, their probabilities (n, K, Y, X) on the source grid, and what is to be told, batch after batch."""
     detector = make_detector(model.keypoints) if model.config.reads_keypoints else None
     network = InferenceNetwork(model.network)
-    batch_size, start, message = config.batch_size, 0, ""
-    while start < len(wanted):
-        rows = list(wanted[start : start + batch_size])
+
+    def predicted(batch: slice) -> tuple[list[int], Tensor]:
+        rows = list(wanted[batch])
         images = stack.images(rows)
         found = list(iter_detect(images, detector, cache=cache)) if detector else []
         positions = [keypoints.positions for keypoints in found] or [np.zeros((0, 2), np.float32)] * len(rows)
+        maps = predict_slices(network, images, positions, model.device, flips=config.flips)
+        if propagation is not None and config.propagation:
+            maps = propagation.fused(maps, rows, config.propagation)
+        return rows, stack.to_source(maps)
+
+    told = config.batch_size
+    for _batch, (rows, maps), size in in_batches(len(wanted), config.batch_size, predicted):
+        message = f"memory ran out: slices are now segmented {size} at a time" if size < told else ""
+        told = size
+        yield rows, maps, message
+
+
+def in_batches(count: int, size: int, work: Callable[[slice], Result]) -> Iterator[tuple[slice, Result, int]]:
+    """Do work on slices in batches, and in smaller ones once memory runs out.
+
+    Args:
+        count: Slices.
+        size: Slices a batch, at first.
+        work: What is done with a batch of them.
+
+    Yields:
+        A batch, what came of it, and how large batches are by then.
+
+    Raises:
+        OutOfMemory: If not even one slice fits the device.
+    """
+    start = 0
+    while start < count:
+        batch = slice(start, min(start + size, count))
         try:
-            maps = predict_slices(network, images, positions, model.device, flips=config.flips)
-            if propagation is not None and config.propagation:
-                maps = propagation.fused(maps, rows, config.propagation)
-            maps = stack.to_source(maps)
+            result = work(batch)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if batch_size == 1:
+            if size == 1:
                 raise OutOfMemory(
                     "a single slice does not fit the memory of the device; use the device cpu"
                 ) from error
-            batch_size //= 2
-            message = f"memory ran out: slices are now segmented {batch_size} at a time"
+            size //= 2
             release_memory()
             continue
-        yield rows, maps, message
-        start, message = start + len(rows), ""
+        yield batch, result, size
+        start = batch.stop
 
 
 def segment_volume(model: Model, volume: Volume, config: SegmentConfig | None = None) -> NDArray[np.integer]:

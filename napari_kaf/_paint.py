@@ -22,13 +22,11 @@ class PaintHistory:
     """What the slices of a layer were, by slice and the checksum that its paint had then.
 
     Attributes:
-        before: Since the slice was last marked.
-        by_hand: What counted as painted by hand then (`Ledger.by_hand`).
+        before: Since the slice was last marked, with what counted as painted by hand then (`Ledger.by_hand`).
         accepted: Before it took a result.
     """
 
-    before: dict[int, dict[int, Cell]] = field(default_factory=dict)
-    by_hand: dict[int, dict[int, NDArray[np.bool_] | None]] = field(default_factory=dict)
+    before: dict[int, dict[int, tuple[Cell, NDArray[np.bool_] | None]]] = field(default_factory=dict)
     accepted: dict[int, dict[int, Cell]] = field(default_factory=dict)
 
 
@@ -46,7 +44,7 @@ class PaintWatch:
 
     def __init__(self, layer: Labels, history: PaintHistory, ledger: Ledger) -> None:
         self._layer = layer
-        self._before, self._by_hand, self._accepted = history.before, history.by_hand, history.accepted
+        self._before, self._accepted = history.before, history.accepted
         self.touched = False
         self._checksums = _checksums(_layers.stack(layer))
         self._states = ledger.states
@@ -74,17 +72,19 @@ class PaintWatch:
         for z, (told, state) in enumerate(zip(self._states, was, strict=False)):
             if told is not state:
                 self._before.pop(z, None)
-                self._by_hand.pop(z, None)
         states, corrected = {}, []
         for z in changed:
-            self._before.setdefault(z, {})[self._checksums[z]] = was[z]
-            self._by_hand.setdefault(z, {})[self._checksums[z]] = ledger.by_hand.get(z)
-            known = self._before[z].get(now[z]) or self._accepted.get(z, {}).get(now[z])
-            states[z] = known or ledger.after_paint(z, bool(array[z].any()))
-            if known is not None and now[z] in self._by_hand[z]:
-                _put(ledger.by_hand, z, self._by_hand[z][now[z]])
-            elif known is None and was[z] is Cell.ACCEPTED:
-                corrected.append(z)
+            before = self._before.setdefault(z, {})
+            before[self._checksums[z]] = was[z], ledger.by_hand.get(z)
+            if now[z] in before:
+                states[z], by_hand = before[now[z]]
+                _put(ledger.by_hand, z, by_hand)
+            elif now[z] in self._accepted.get(z, {}):
+                states[z] = self._accepted[z][now[z]]
+            else:
+                states[z] = ledger.after_paint(z, bool(array[z].any()))
+                if was[z] is Cell.ACCEPTED:
+                    corrected.append(z)
         for z in corrected if len(corrected) > 1 else []:
             if z != shown:
                 states[z] = Cell.ACCEPTED

@@ -212,8 +212,6 @@ def _number(text: str) -> float:
 
 def _differences(there: Any, here: Any, path: str = "") -> list[str]:
     """Where two trees differ, in words."""
-    if isinstance(there, dict) or isinstance(here, dict):
-        there, here = there or {}, here or {}
     if isinstance(there, dict) and isinstance(here, dict):
         keys = dict.fromkeys([*there, *here])
         return [

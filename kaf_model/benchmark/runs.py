@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from kaf_model.benchmark.patients import choose_patients
 from kaf_model.benchmark.plan import Plan, RowPlan, Tree, slug
 from kaf_model.benchmark.splits import Split, draw_patients, draw_volumes, splits, trials
 from kaf_model.benchmark.starts import STARTS
-from kaf_model.config import Recipe, Settings
+from kaf_model.config import Recipe
 from kaf_model.errors import UserError
 from kaf_model.settings_layers import layered_recipe
 
@@ -40,13 +40,13 @@ class Pretraining:
         start: How it is pretrained.
         recipe: Settings; of its parts, those of the segmentation do not count.
         cases: Volumes it sees.
-        reading: What of the plan decides how they are read, where it is not the default.
+        reading: How they are read.
     """
 
     start: str
     recipe: Recipe
     cases: tuple[Case, ...]
-    reading: Mapping[str, Any] = field(default_factory=dict)
+    reading: Mapping[str, Any]
 
     def config(self) -> dict[str, Any]:
         """What it is determined by, ready for YAML."""
@@ -58,7 +58,7 @@ class Pretraining:
             "pretext": dict(pretext.settings()),
             "settings": {part: getattr(self.recipe, part).model_dump(mode="json") for part in parts},
             "volumes": [case.name for case in self.cases],
-            **({"reading": dict(self.reading)} if self.reading else {}),
+            "reading": dict(self.reading),
         }
 
     @property
@@ -83,7 +83,7 @@ class Run:
         unlabelled: Volumes whose images are learnt from as well.
         recipe: Settings.
         pretraining: Where it starts; None is random weights.
-        rules: What else of the plan decides its scores, where it is not the default.
+        rules: What else of the plan decides its scores.
     """
 
     row: str
@@ -96,7 +96,7 @@ class Run:
     unlabelled: tuple[Case, ...]
     recipe: Recipe
     pretraining: Pretraining | None
-    rules: Mapping[str, Any] = field(default_factory=dict)
+    rules: Mapping[str, Any]
 
     @property
     def folder(self) -> Path:
@@ -121,7 +121,7 @@ class Run:
             "unlabelled": [case.name for case in self.unlabelled],
             "pretraining": None if self.pretraining is None else self.pretraining.folder.name,
             "settings": {part: getattr(self.recipe, part).model_dump(mode="json") for part in parts},
-            **({"rules": dict(self.rules)} if self.rules else {}),
+            "rules": dict(self.rules),
         }
 
 
@@ -150,7 +150,6 @@ def all_runs(plan: Plan, cohort: Cohort) -> list[Run]:
         UserError: If settings or numbers of patients do not fit.
     """
     recipes = {row.name: row_recipe(plan, row) for row in plan.rows}
-    reading = _changed(plan.data, "frame", "slice_axis", "fill_nan")
     runs: list[Run] = []
     for split in splits(cohort, plan.protocol):
         for column in columns(plan):
@@ -158,28 +157,32 @@ def all_runs(plan: Plan, cohort: Cohort) -> list[Run]:
                 for row in plan.rows:
                     recipe = _seeded(recipes[row.name], seed, plan.pretraining_seed)
                     learns = STARTS[row.start].pretext is not None
-                    start = Pretraining(row.start, recipe, split.pretraining, reading) if learns else None
+                    start = (
+                        Pretraining(row.start, recipe, split.pretraining, plan.data.reading)
+                        if learns
+                        else None
+                    )
                     others = _unlabelled(plan, split, column, train, recipe)
                     runs.append(
                         Run(
                             *(row.name, column, split.fold, draw, seed, train, test, others, recipe, start),
-                            rules=_rules(plan, column),
+                            _rules(plan, cohort, column),
                         )
                     )
     return sorted(runs, key=lambda run: (run.fold, run.draw, run.seed))
 
 
-def _rules(plan: Plan, column: Column) -> dict[str, Any]:
-    """What of a plan decides the scores of a column beside settings and volumes, where it is not the default."""
-    rules = _changed(plan.data, "frame", "slice_axis", "fill_nan", "classes", "other_labels")
-    rules |= _changed(plan.protocol, "kind", "select_every")
-    return rules | _changed(plan.k_slices, "span") if column.kind == "slices" else rules
-
-
-def _changed(settings: Settings, *names: str) -> dict[str, Any]:
-    """Those of some values that are not the default, ready for JSON."""
-    values = settings.model_dump(mode="json")
-    return {name: values[name] for name in names if values[name] != type(settings).model_fields[name].default}
+def _rules(plan: Plan, cohort: Cohort, column: Column) -> dict[str, Any]:
+    """What decides the scores of a column beside settings and volumes."""
+    protocol = plan.protocol
+    return {
+        **plan.data.reading,
+        "classes": sorted(cohort.classes),
+        "other_labels": plan.data.other_labels,
+        "protocol": protocol.kind,
+        "select_every": protocol.select_every if protocol.kind == "paper" else None,
+        "span": plan.k_slices.span if column.kind == "slices" else None,
+    }
 
 
 def part_of(runs: Sequence[Run], number: int, count: int) -> list[Run]:

@@ -60,20 +60,20 @@ class Picture:
     Attributes:
         image: What is beneath, or None.
         heat: What is laid over it, or None.
-        reach: How far that goes, as parts of height and width: the cells of a level may go beyond the slice.
         caption: Words above.
         tip: Words under the pointer.
         mark: A place (y, x) as parts of height and width, or None.
         chosen: Whether it has a frame.
+        reach: How far the heat goes, as parts of height and width: the cells of a level may go beyond the slice.
     """
 
     image: QImage | None = None
     heat: QImage | None = None
-    reach: tuple[float, float] = (1.0, 1.0)
     caption: str = ""
     tip: str = ""
     mark: tuple[float, float] | None = None
     chosen: bool = False
+    reach: tuple[float, float] = (1.0, 1.0)
 
 
 class PictureGrid(QWidget):

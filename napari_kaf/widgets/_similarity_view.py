@@ -259,12 +259,12 @@ def _picture(answer: SimilarityAnswer, z: int, level: int, limits: Limits) -> Pi
     return Picture(
         grey_image(answer.images[z]),
         heat_image(cells, limits),
-        (cells.shape[0] * side / height, cells.shape[1] * side / width),
         ", ".join(captions),
         f"slice {z}, level {level}: similarity {limits[0]:.2f} (dark) to {limits[1]:.2f} (bright)\n"
         "Click to go there with this level on the canvas",
         ((answer.pixel[0] + 0.5) / height, (answer.pixel[1] + 0.5) / width) if own else None,
         chosen=own and level == answer.level,
+        reach=(cells.shape[0] * side / height, cells.shape[1] * side / width),
     )
 
 
@@ -275,19 +275,7 @@ def _pictures(view: AugmentedView) -> list[Picture]:
     told = f"similarity {limits[0]:.2f} (dark) to {limits[1]:.2f} (bright)"
     grey = grey_image(view.image)
     return [
-        Picture(grey, caption="augmented", tip="The slice, moved by a random transform", mark=mark),
-        Picture(
-            grey,
-            heat_image(view.computed, limits),
-            caption="computed",
-            tip=f"Computed on it: {told}",
-            mark=mark,
-        ),
-        Picture(
-            grey,
-            heat_image(view.carried, limits),
-            caption="carried over",
-            tip=f"Carried over: {told}",
-            mark=mark,
-        ),
+        Picture(grey, None, "augmented", "The slice, moved by a random transform", mark),
+        Picture(grey, heat_image(view.computed, limits), "computed", f"Computed on it: {told}", mark),
+        Picture(grey, heat_image(view.carried, limits), "carried over", f"Carried over: {told}", mark),
     ]

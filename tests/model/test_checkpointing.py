@@ -1,17 +1,13 @@
 """Blocks that recompute their activations give what the others give, with less memory."""
 
-import time
 from collections import Counter
 
-import pytest
 import torch
 from torch import nn
 
 from kaf_model.checkpointing import checkpoint_activations
 from kaf_model.compute import peak_bytes
-from kaf_model.config import FinetuneConfig, ModelConfig
-from kaf_model.engine import Trainer, make_fabric
-from kaf_model.errors import UserError
+from kaf_model.config import ModelConfig
 from kaf_model.unet import build_network
 
 CONFIG = ModelConfig(
@@ -67,18 +63,6 @@ def test_every_convolution_and_every_attention_is_computed_again():
     assert calls == dict.fromkeys(layers, 2)
 
 
-def test_a_network_that_has_nothing_to_recompute_says_so():
-    module = Scale()
-    with pytest.raises(UserError, match="recompute"):
-        Trainer(
-            module,
-            FinetuneConfig(steps=3, recompute=True),
-            fabric=make_fabric("cpu", precision="float32"),
-            groups=[{"params": list(module.parameters()), "rate": 1.0}],
-            slices_per_epoch=1,
-        )
-
-
 def test_less_memory_is_held():
     peaks = []
     for recompute in (False, True):
@@ -90,33 +74,3 @@ def test_less_memory_is_held():
             peak_bytes(lambda net=network, given=inputs: net(*given).sum().backward(), torch.device("cpu"))
         )
     assert peaks[1] < 0.85 * peaks[0]
-
-
-class Scale(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.factor = nn.Parameter(torch.ones(1))
-
-    def forward(self, wanted):
-        time.sleep(0.1)
-        return {"total": (self.factor - wanted).square().sum()}
-
-
-@pytest.mark.parametrize(("making", "low", "high"), [(0.0, 0.0, 0.5), (0.4, 0.5, 1.0)])
-def test_the_time_a_network_waits_for_its_batch_is_known(making, low, high):
-    module = Scale()
-    trainer = Trainer(
-        module,
-        FinetuneConfig(steps=3, batch_size=1),
-        fabric=make_fabric("cpu", precision="float32"),
-        groups=[{"params": list(module.parameters()), "rate": 1.0}],
-        slices_per_epoch=1,
-    )
-
-    def batch_at(step, parts):
-        time.sleep(making)
-        return [torch.zeros(1)]
-
-    assert trainer.waiting_share == 0
-    assert len(list(trainer.run(batch_at, stage="waiting"))) == 3
-    assert low <= trainer.waiting_share <= high

@@ -460,60 +460,6 @@ def test_one_of_several_processes_does_not_go_on_in_parts(monkeypatch):
     assert sizes == []
 
 
-class Proportional(torch.nn.Module):
-    """A loss whose gradient is the mean of what it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.factor = torch.nn.Parameter(torch.ones(2))
-
-    def forward(self, batch):
-        return {"total": (self.factor * batch).mean(0).sum()}
-
-
-@pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_a_batch_give_its_gradient(parts):
-    rows = torch.tensor([[1.0, 2.0], [3.0, 5.0], [7.0, 11.0], [13.0, 17.0]])
-    factors = []
-    for number in (1, parts):
-        module = Proportional()
-        trainer = engine.Trainer(
-            module,
-            FINETUNE.override(
-                **{"steps": 1, "batch_size": 4, "optimizer": "sgd", "gradient_clip": None},
-                **{"weight_decay": 0.0, "warmup": 0.0, "learning_rate": 0.1},
-            ),
-            fabric=make_fabric("cpu", precision="float32"),
-            groups=[{"params": list(module.parameters()), "rate": 1.0}],
-            slices_per_epoch=4,
-        )
-        trainer.micro_batches = number
-        list(trainer.run(lambda step, count: list(rows.chunk(count)), stage="proportional"))
-        factors.append(module.factor.detach())
-    assert not torch.equal(factors[0], torch.ones(2))
-    assert torch.allclose(factors[0], factors[1])
-
-
-def test_gradients_are_clipped():
-    moved = []
-    for clip in (None, 0.5):
-        module = Proportional()
-        trainer = engine.Trainer(
-            module,
-            FINETUNE.override(
-                **{"steps": 1, "batch_size": 1, "optimizer": "sgd", "gradient_clip": clip},
-                **{"weight_decay": 0.0, "warmup": 0.0, "learning_rate": 0.1},
-            ),
-            fabric=make_fabric("cpu", precision="float32"),
-            groups=[{"params": list(module.parameters()), "rate": 1.0}],
-            slices_per_epoch=1,
-        )
-        list(trainer.run(lambda *_: [torch.tensor([[3.0, 4.0]])], stage="proportional"))
-        moved.append(1 - module.factor.detach())
-    assert torch.allclose(moved[0] / moved[0].norm(), torch.tensor([0.6, 0.8]))
-    assert torch.allclose(moved[1], moved[0] / 10, rtol=1e-3)  # from a norm of 5 to one of 0.5
-
-
 @pytest.mark.parametrize(
     "change",
     [

@@ -270,7 +270,7 @@ def test_where_memory_runs_out_fewer_slices_are_predicted_at_a_time(monkeypatch)
     assert sizes == [2, 2, 2, 2]
     assert len(pseudo.slices) == 8
     monkeypatch.setattr(pseudo_labels, "predict_slices", partial(predict, most=0))
-    with pytest.raises(OutOfMemory, match="a whole slice does not fit"):
+    with pytest.raises(OutOfMemory, match="a single slice does not fit"):
         finish(pseudo.renew(None, CPU, 0.9))
 
 

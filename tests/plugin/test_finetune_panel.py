@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from qtpy.QtCore import Qt
-from qtpy.QtWidgets import QApplication, QFileDialog, QInputDialog, QLabel, QMessageBox
+from qtpy.QtWidgets import QApplication, QFileDialog, QInputDialog, QLabel, QMessageBox, QWidget
 
 from kaf_model.checkpoint import load_header
 from kaf_model.errors import UserError
@@ -342,13 +342,19 @@ def test_keys_are_bound_and_listed_once(labelled):
     assert "(Shift+C)" in panel.ledger.buttons[Cell.COMPLETE].toolTip()
 
 
-def test_each_key_does_what_it_says(labelled, qtbot):
-    viewer, panel = labelled
+def shown_canvas(viewer, qtbot) -> QWidget:
+    """The canvas of a window that is shown, with the focus."""
     viewer.window.show()
     viewer.window._qt_window.activateWindow()
     canvas = viewer.window._qt_viewer.canvas.native
     canvas.setFocus()
     qtbot.waitUntil(lambda: QApplication.focusWidget() is canvas, timeout=30_000)
+    return canvas
+
+
+def test_each_key_does_what_it_says(labelled, qtbot):
+    viewer, panel = labelled
+    canvas = shown_canvas(viewer, qtbot)
     session, shift = panel.session, Qt.KeyboardModifier.ShiftModifier
 
     def press(key: str, modifier: Qt.KeyboardModifier = shift) -> None:
@@ -416,11 +422,7 @@ def test_held_out_slices_are_measured_when_asked_for(labelled, qtbot):
 
 def test_a_key_leads_into_the_panel_and_escape_back(labelled, qtbot):
     viewer, panel = labelled
-    viewer.window.show()
-    viewer.window._qt_window.activateWindow()
-    canvas = viewer.window._qt_viewer.canvas.native
-    canvas.setFocus()
-    qtbot.waitUntil(lambda: QApplication.focusWidget() is canvas, timeout=30_000)
+    canvas = shown_canvas(viewer, qtbot)
     qtbot.keyClick(canvas, "T", Qt.KeyboardModifier.ShiftModifier)
     assert QApplication.focusWidget() is panel.volume.box
     visited = []
