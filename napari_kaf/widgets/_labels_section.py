@@ -90,7 +90,7 @@ class LabelsSection(QWidget):
 
     def _show_unsaved(self) -> None:
         problem = self.session.unsaved
-        say(self.unsaved, f"Not saved: {problem}" if problem else "")
+        say(self.unsaved, f"⚠ {problem[:1].upper()}{problem[1:]}" if problem else "")
 
     def _unusable(self) -> str:
         """What to say of label layers that lie on another grid."""

@@ -79,8 +79,8 @@ class ResultSection(QWidget):
         """Put the result away."""
         run = self.session.results.shown
         self.session.results.reject()
-        kept = f"; {run.name} stays in the history" if run is not None else ", and not kept: no run made it"
-        say(self.status, f"Result put away{kept}.")
+        again = "Propagate or Segment makes it again" if run is None else f"{run.name} stays in the history"
+        say(self.status, f"Result put away; {again}.")
 
     @answering
     def export_labels(self, *_: Any) -> None:

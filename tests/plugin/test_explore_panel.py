@@ -17,7 +17,8 @@ from qtpy.QtCore import Qt
 from napari_kaf import _explore_layers
 from napari_kaf._explore_lab import Lab
 from napari_kaf._jobs import Control
-from napari_kaf._similarity_task import similarity_task
+from napari_kaf._similarity_task import SimilarityAnswer, similarity_task
+from napari_kaf.widgets._similarity_view import _picture
 
 KEYPOINTS, MATCHES, ATTENTION, SIMILARITY, LOOK_ALIKES = range(5)
 
@@ -368,6 +369,17 @@ def test_similarity_of_a_clicked_voxel(trained, qtbot):
     settle(panel, qtbot)
     assert panel.session.slice == 4
     assert view.level.currentText() == "1"
+
+
+def test_cells_that_go_beyond_a_slice_do_so_in_its_picture(qapp):
+    """Squeezed into the slice, the brightest cell would not be under the cross."""
+    image = np.zeros((33, 41), np.float32)
+    maps = {
+        (0, level): np.zeros((-(-33 // side), -(-41 // side)), np.float32) for level, side in ((1, 1), (4, 8))
+    }
+    answer = SimilarityAnswer((0, 32, 40), 4, [0], {0: image}, (32.0, 40.0), maps, image, 0.0, 0.0)
+    assert _picture(answer, 0, 1, (0, 1)).reach == (1, 1)
+    assert _picture(answer, 0, 4, (0, 1)).reach == (40 / 33, 48 / 41)
 
 
 def test_a_second_place_needs_no_network(trained, qtbot, monkeypatch):

@@ -383,7 +383,7 @@ def test_each_key_does_what_it_says(labelled, qtbot):
     assert session.ledger.states[4] is Cell.ACCEPTED
     press("R")
     assert session.results.labels is None
-    assert "no run made it" in panel.result.status.text()
+    assert panel.result.status.text() == "Result put away; Propagate or Segment makes it again."
 
 
 def test_runs_are_renamed_saved_and_deleted(labelled, qtbot, monkeypatch, tmp_path):
