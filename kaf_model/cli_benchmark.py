@@ -53,22 +53,16 @@ def run(
             "or numbers with commas, and 'A except B'.",
         ),
     ] = None,
-    part: Annotated[
-        str,
-        typer.Option(
-            "--part",
-            metavar="I/N",
-            help="Do the I-th of N parts of the runs; the parts may be done at the same time, into one folder.",
-        ),
-    ] = "1/1",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Say what would be done, and train nothing.")
     ] = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
 ) -> None:
-    """Do the runs of a plan; the same line again goes on where it was stopped."""
-    chosen_part = _part(part)
+    """Do the runs of a plan; the same line again goes on where it was stopped.
+
+    Started more than once at the same time, for several GPUs say, each takes the runs that the others have not begun.
+    """
     float32 = one_of("precision", precision, ("auto", "float32")) == "float32"
 
     from kaf_model.benchmark.outlook import outlook
@@ -85,15 +79,13 @@ def run(
     folder = data if data is not None else output / "data"
     out = Output()
     if dry_run:
-        cohort, runs = plan_runs(chosen, folder, only or (), chosen_part)
+        cohort, runs = plan_runs(chosen, folder, only or ())
         for line in outlook(chosen, cohort, runs, output):
             out.line(line)
         return
     cache = KeypointCache()
     fabric = make_fabric(device, precision="float32" if float32 else "auto")
-    work = run_benchmark(
-        chosen, folder, output, only=only or (), part=chosen_part, fabric=fabric, cache=cache
-    )
+    work = run_benchmark(chosen, folder, output, only=only or (), fabric=fabric, cache=cache)
     try:
         result = out.run(work)
     except Interrupted as stop:
@@ -106,14 +98,10 @@ def run(
         out.line(f"failed: {name}: {reason}")
     if result.failed:
         raise typer.Exit(SOME_FAILED)
+    if result.elsewhere:
+        out.line(f"{result.elsewhere} more are being done by other processes")
+        return
     out.line(f"next: kaf benchmark report {output}")
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UserError(f"--part {text} is no part; write 1/2 and 2/2 for halves")
-    return int(number), int(count)
 
 
 @benchmark_app.command()

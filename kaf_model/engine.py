@@ -225,14 +225,17 @@ class Trainer:
             NonFiniteLoss: If a loss is NaN or infinite; the weights are those before that step.
             OutOfMemory: If one slice at a time does not fit, or the share of one of several processes.
         """
+        statistics = [buffer for buffer in self.raw_module.buffers() if buffer.is_floating_point()]
+        before = [buffer.clone() for buffer in statistics]
         while not self.finished:
             started = time.monotonic()
-            buffers = [buffer.clone() for buffer in self.raw_module.buffers()]
+            if statistics:
+                torch._foreach_copy_(before, statistics)
             try:
                 message = self._step(batch_at)
             except BaseException:
-                for buffer, before in zip(self.raw_module.buffers(), buffers, strict=True):
-                    buffer.copy_(before)  # the forward pass has spoilt the running statistics
+                if statistics:
+                    torch._foreach_copy_(statistics, before)  # the forward pass has spoilt them
                 raise
             self.state.step += 1
             self.spend(time.monotonic() - started)
@@ -278,21 +281,27 @@ class Trainer:
         return message
 
     def _gradients(self, batches: list[Any]) -> dict[str, float]:
-        sums: dict[str, float] = {}
+        seen: list[dict[str, Tensor]] = []
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with self.fabric.no_backward_sync(self.module, enabled=not last):
                 losses: Mapping[str, Tensor] = self.module(batch)
-                for name in sorted(losses, key="total".__eq__):  # its terms first: they are to be named
-                    sums[name] = sums.get(name, 0.0) + float(losses[name].detach()) / len(batches)
-                    if not math.isfinite(sums[name]):
-                        self.optimizer.zero_grad(set_to_none=True)
-                        raise NonFiniteLoss(
-                            f"the {name} loss is {sums[name]} at step {self.state.step + 1}; training stopped with "
-                            "the weights before it. Try a lower learning rate, or precision float32"
-                        )
                 self.fabric.backward(losses["total"] / len(batches))
-        return {"total": sums.pop("total"), **sums}
+            seen.append({name: loss.detach() for name, loss in losses.items()})
+        names = sorted(seen[0], key="total".__eq__)  # its terms first: they are to be named
+        # They are read once all is under way: reading waits for the device.
+        values = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in seen]).mean(
+            0
+        )
+        means = dict(zip(names, values.tolist(), strict=True))
+        for name, value in means.items():
+            if not math.isfinite(value):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise NonFiniteLoss(
+                    f"the {name} loss is {value} at step {self.state.step + 1}; training stopped with "
+                    "the weights before it. Try a lower learning rate, or precision float32"
+                )
+        return {"total": means.pop("total"), **means}
 
     def _clip_gradients(self) -> None:
         norm = self.fabric.clip_gradients(

@@ -5,15 +5,17 @@ A run is finished when its result is there; what else is found in the folder is 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
+from filelock import FileLock, Timeout
 
 from kaf_model.checkpoint import load_header
 from kaf_model.errors import UserError
@@ -144,11 +146,30 @@ class RunFolder:
         """
         self.check(config)
         plain = json.loads(json.dumps(config))
-        try:
+        with _telling_where(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self._settings, lambda file: yaml.safe_dump(plain, file, sort_keys=False))
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another place") from error
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[bool]:
+        """Keep other processes off the folder as long as the block runs; False if one of them does so already.
+
+        Raises:
+            UserError: If the folder cannot be written.
+        """
+        with _telling_where(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                free = False
+            else:
+                free = True
+        try:
+            yield free
+        finally:
+            lock.release()
 
     @property
     def _settings(self) -> Path:
@@ -204,6 +225,14 @@ class RunFolder:
         content = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
         content["flops_shape"] = tuple(content["flops_shape"])
         return RunResult(**{**content, "labelled": tuple(content["labelled"])})
+
+
+@contextlib.contextmanager
+def _telling_where(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another place") from error
 
 
 def _number(text: str) -> float:

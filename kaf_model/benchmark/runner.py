@@ -20,7 +20,7 @@ from kaf_model.benchmark.cohort import Case, Cohort, read_case
 from kaf_model.benchmark.costs import costs_of
 from kaf_model.benchmark.plan import Plan
 from kaf_model.benchmark.records import CaseScore, RunFolder, RunResult
-from kaf_model.benchmark.runs import Pretraining, Run, all_runs, part_of, read_cohort
+from kaf_model.benchmark.runs import Pretraining, Run, all_runs, read_cohort
 from kaf_model.benchmark.scoring import score_cases
 from kaf_model.benchmark.selection import Selection, best_step, read_measurements, steps_between
 from kaf_model.benchmark.splits import slices_to_label
@@ -36,6 +36,7 @@ from kaf_model.progress import Progress
 from kaf_model.text_files import write_atomically
 from kaf_model.volume_queue import VolumeFiles
 
+_PATIENCE = 1.0  # seconds between looks at a pretraining that another process does
 _COST_SHAPE = (256, 256)  # of the slice whose operations are counted where trainings do not crop
 
 
@@ -47,23 +48,22 @@ class BenchmarkResult:
         finished: Runs that have a result now.
         skipped: Those of them that had one before.
         failed: Runs that could not be done, and why.
+        elsewhere: Runs that other processes were doing when nothing else was left.
     """
 
     finished: int
     skipped: int
     failed: tuple[tuple[str, str], ...]
+    elsewhere: int = 0
 
 
-def plan_runs(
-    plan: Plan, data: Path, only: Collection[str] = (), part: tuple[int, int] = (1, 1)
-) -> tuple[Cohort, list[Run]]:
+def plan_runs(plan: Plan, data: Path, only: Collection[str] = ()) -> tuple[Cohort, list[Run]]:
     """Find a plan's data and its runs.
 
     Args:
         plan: The plan.
         data: Folder of the data set.
         only: Names of rows; none is all.
-        part: (i, n), the i-th of n parts of these runs, see `part_of`.
 
     Raises:
         UserError: If the data, the plan or the names do not fit.
@@ -73,8 +73,7 @@ def plan_runs(
         names = ", ".join(row.name for row in plan.rows)
         raise UserError(f"there is no row {unknown[0]!r}; the rows are: {names}")
     cohort = read_cohort(plan, data)
-    runs = all_runs(plan, cohort)
-    return cohort, part_of([run for run in runs if not only or run.row in only], *part)
+    return cohort, [run for run in all_runs(plan, cohort) if not only or run.row in only]
 
 
 def run_benchmark(
@@ -83,12 +82,11 @@ def run_benchmark(
     output: Path,
     *,
     only: Collection[str] = (),
-    part: tuple[int, int] = (1, 1),
     device: str = "auto",
     fabric: Fabric | None = None,
     cache: KeypointCache | None = None,
 ) -> Generator[Progress, None, BenchmarkResult]:
-    """Do the runs of a plan that have no result yet.
+    """Do the runs of a plan that have no result yet, as far as no other process is doing them.
 
     Can be closed at any yield; called again it goes on.
 
@@ -97,7 +95,6 @@ def run_benchmark(
         data: Folder of the data set.
         output: Folder to write to.
         only: Names of rows; none is all.
-        part: (i, n), the i-th of n parts, which may be done at the same time in the same folder.
         device: "auto", "cpu", "cuda" or "mps".
         fabric: Use this set-up instead of one made for `device`.
         cache: Keypoints found before.
@@ -108,7 +105,7 @@ def run_benchmark(
     Raises:
         UserError: If plan and data do not fit, or the folder holds runs with other settings.
     """
-    cohort, runs = plan_runs(plan, data, only, part)
+    cohort, runs = plan_runs(plan, data, only)
     for run in all_runs(plan, cohort):
         RunFolder(output / run.folder).check(run.config())
     folders = {run.folder: RunFolder(output / run.folder) for run in runs}
@@ -122,16 +119,31 @@ def run_benchmark(
     note = f"{skipped} of {len(runs)} runs were finished before" if skipped else ""
     yield Progress("runs", skipped, len(runs), message=note)
     failed: list[tuple[str, str]] = []
-    started = time.monotonic()
-    for number, run in enumerate(waiting, start=1):
-        try:
-            message = yield from work.do(run)
-        except (UserError, NonFiniteLoss) as error:
-            failed.append((str(run), str(error)))
-            message = f"{run}: failed: {error}"
-        left = (time.monotonic() - started) / number * (len(waiting) - number)
-        yield Progress("runs", skipped + number, len(runs), eta=left, message=message)
-    return BenchmarkResult(len(runs) - len(failed), skipped, tuple(failed))
+    started, done, told = time.monotonic(), 0, ""
+    while waiting:
+        with contextlib.ExitStack() as taken:
+            run = work.take(waiting, taken)
+            if run is None:
+                if not work.pretrained_elsewhere:
+                    break
+                news = "" if work.pretrained_elsewhere == told else work.pretrained_elsewhere
+                told = work.pretrained_elsewhere
+                yield Progress("runs", len(runs) - len(waiting), len(runs), message=news)
+                time.sleep(_PATIENCE)
+                continue
+            waiting.remove(run)
+            if folders[run.folder].finished:
+                continue
+            try:
+                message = yield from work.do(run)
+            except (UserError, NonFiniteLoss) as error:
+                failed.append((str(run), str(error)))
+                message = f"{run}: failed: {error}"
+        done += 1
+        left = (time.monotonic() - started) / done * len(waiting)
+        yield Progress("runs", len(runs) - len(waiting), len(runs), eta=left, message=message)
+    elsewhere = sum(not folders[run.folder].finished for run in waiting)
+    return BenchmarkResult(len(runs) - len(failed) - elsewhere, skipped, tuple(failed), elsewhere)
 
 
 class _Workplace:
@@ -146,6 +158,31 @@ class _Workplace:
         self._fabric = fabric
         self._cache = cache
         self._failed_pretrainings: dict[Path, str] = {}
+        self.pretrained_elsewhere = ""
+        """Which pretraining another process is doing that runs wait for; empty if none do."""
+
+    def take(self, waiting: Sequence[Run], taken: contextlib.ExitStack) -> Run | None:
+        """The first of some runs that no other process is doing, nor its pretraining; None if there is none.
+
+        Args:
+            waiting: Runs that are to be done.
+            taken: Keeps other processes off what is needed for the run, until it is closed.
+        """
+        self.pretrained_elsewhere = ""
+        for run in waiting:
+            with contextlib.ExitStack() as these:
+                if not these.enter_context(RunFolder(self._output / run.folder).taken()):
+                    continue
+                if run.pretraining is not None:
+                    folder = RunFolder(self._output / run.pretraining.folder)
+                    if not folder.trained and not these.enter_context(folder.taken()):
+                        self.pretrained_elsewhere = (
+                            f"waiting for {folder.path.name}, which another process pretrains"
+                        )
+                        continue
+                taken.enter_context(these.pop_all())
+                return run
+        return None
 
     def do(self, run: Run) -> Generator[Progress, None, str]:
         """Pretrain if need be, finetune, score and write the result; returns a line about it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -183,15 +183,6 @@ def _rules(plan: Plan, cohort: Cohort, column: Column) -> dict[str, Any]:
         "select_every": protocol.select_every if protocol.kind == "paper" else None,
         "span": plan.k_slices.span if column.kind == "slices" else None,
     }
-
-
-def part_of(runs: Sequence[Run], number: int, count: int) -> list[Run]:
-    """Part `number` (from 1) of `count` of some runs; those that share a pretraining stay together."""
-    groups: dict[Path, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.folder if run.pretraining is None else run.pretraining.folder, []).append(run)
-    chosen = list(groups.values())[number - 1 :: count]
-    return [run for group in chosen for run in group]
 
 
 def columns(plan: Plan) -> list[Column]:

@@ -112,8 +112,6 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["benchmark", "run", "quick", "-o", "x", "--only", "VNet"], "there is no row 'VNet'"),
         (["benchmark", "run", "quick", "-o", "x", "--patients", "none"], "no patient is meant by 'none'"),
         (["benchmark", "run", "quick", "-o", "x", "--precision", "half"], "unknown precision 'half'"),
-        (["benchmark", "run", "quick", "-o", "x", "--part", "3/2"], "--part 3/2 is no part; write 1/2"),
-        (["benchmark", "run", "quick", "-o", "x", "--part", "half"], "--part half is no part; write 1/2"),
         (["benchmark", "run", "quick"], "see kaf benchmark run --help"),
         (["benchmark", "report", "nowhere"], "nowhere holds no benchmark"),
         (["benchmark", "plans", "--show", "quikc"], "there is no plan 'quikc'"),

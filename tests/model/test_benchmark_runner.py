@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -75,10 +77,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> KeypointCache:
 
 
 def work(
-    plan: Plan, hearts: Path, output: Path, cache: KeypointCache, part: tuple[int, int] = (1, 1)
+    plan: Plan, hearts: Path, output: Path, cache: KeypointCache
 ) -> Generator[Progress, None, BenchmarkResult]:
     fabric = make_fabric("cpu", precision="float32")
-    return run_benchmark(plan, hearts, output, part=part, fabric=fabric, cache=cache)
+    return run_benchmark(plan, hearts, output, fabric=fabric, cache=cache)
 
 
 def finish(generator: Generator[Progress, None, BenchmarkResult]) -> tuple[BenchmarkResult, list[Progress]]:
@@ -131,7 +133,7 @@ def test_a_run_leaves_everything_in_its_folder(done: Path, hearts: Path) -> None
         "unet/patients-1/fold0-draw0-seed0",
     ]
     path = folders["kaf-ssl/patients-1/fold0-draw0-seed0"]
-    names = {"config.yaml", "curve.csv", "model.safetensors", "result.json", "scores.csv"}
+    names = {".lock", "config.yaml", "curve.csv", "model.safetensors", "result.json", "scores.csv"}
     assert {item.name for item in path.iterdir()} == names
     assert [int(line["step"]) for line in read_csv(path / "curve.csv")] == [1, 2, 3, 4]
     scores = RunFolder(path).read_scores()
@@ -255,23 +257,77 @@ def test_one_row_alone(hearts: Path) -> None:
         plan_runs(tiny(), hearts, ["VNet"])
 
 
-def test_parts_are_all_runs_and_share_no_pretraining(
+THREE_ROWS = [*TINY["rows"], {"name": "PCL", "network": "unet", "start": "pcl"}]
+
+
+def test_several_processes_take_what_the_others_have_not_begun(
     hearts: Path, cache: KeypointCache, tmp_path: Path
 ) -> None:
-    plan = tiny(
-        columns={"patients": [1], "slices": [2]},
-        rows=[*TINY["rows"], {"name": "PCL", "network": "unet", "start": "pcl"}],
-    )
-    _, runs = plan_runs(plan, hearts)
-    parts = [plan_runs(plan, hearts, part=(number, 2))[1] for number in (1, 2)]
-    assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, runs))
-    shared = [{run.pretraining.folder for run in part if run.pretraining} for part in parts]
-    assert not shared[0] & shared[1]
-    assert all(parts)
-    for number in (2, 1):  # in any order, into one folder
-        finish(work(tiny(), hearts, tmp_path, cache, part=(number, 2)))
-    assert len(run_folders(tmp_path)) == 2
-    assert finish(work(tiny(), hearts, tmp_path, cache))[0] == BenchmarkResult(2, 2, ())
+    plan = tiny(rows=THREE_ROWS)
+    _, (unet, _, _) = plan_runs(plan, hearts)
+    with RunFolder(tmp_path / unet.folder).taken() as free:  # another process is at it
+        assert free
+        result, reports = finish(work(plan, hearts, tmp_path, cache))
+    assert result == BenchmarkResult(2, 0, (), elsewhere=1)
+    assert [p.step for p in reports if p.stage == "runs"] == [0, 1, 2]
+    assert sorted(run_folders(tmp_path)) == [
+        f"{row}/patients-1/fold0-draw0-seed0" for row in ("kaf-ssl", "pcl")
+    ]
+    assert finish(work(plan, hearts, tmp_path, cache))[0] == BenchmarkResult(3, 2, ())
+
+
+def test_what_another_process_finishes_meanwhile_is_not_done_again(
+    hearts: Path, done: Path, cache: KeypointCache, tmp_path: Path
+) -> None:
+    benchmark = work(tiny(), hearts, tmp_path, cache)
+    next(benchmark)
+    shutil.copytree(done / "runs", tmp_path / "runs")
+    result, reports = finish(benchmark)
+    assert result == BenchmarkResult(2, 0, ())
+    assert reports == []
+
+
+def test_a_pretraining_that_another_process_does_is_waited_for(
+    hearts: Path, done: Path, cache: KeypointCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, runs = plan_runs(tiny(rows=THREE_ROWS), hearts)
+    theirs = next(run.pretraining.folder for run in runs if run.row == "KAF-SSL" and run.pretraining)
+    other = contextlib.ExitStack()
+    waits = []
+
+    def until_it_is_done(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            shutil.copytree(done / theirs, tmp_path / theirs, dirs_exist_ok=True)
+            other.close()
+
+    monkeypatch.setattr(time, "sleep", until_it_is_done)
+    with other:
+        assert other.enter_context(RunFolder(tmp_path / theirs).taken())
+        result, reports = finish(work(tiny(rows=THREE_ROWS), hearts, tmp_path, cache))
+    assert result == BenchmarkResult(3, 0, ())
+    assert len(waits) == 3
+    told = [progress.message for progress in reports if progress.stage == "runs" and progress.message]
+    assert [message.split(":")[0].split(",")[0] for message in told] == [
+        "UNet",
+        "PCL",  # what can be done is done first
+        f"waiting for {theirs.name}",
+        "KAF-SSL",
+    ]
+    before = (done / theirs / "model.safetensors").read_bytes()
+    assert (tmp_path / theirs / "model.safetensors").read_bytes() == before
+
+
+def test_a_stopped_benchmark_lets_others_have_its_run(
+    hearts: Path, cache: KeypointCache, tmp_path: Path
+) -> None:
+    _, runs = plan_runs(tiny(), hearts)
+    stop_at(work(tiny(), hearts, tmp_path, cache), "pretraining", 1)
+    pretraining = runs[1].pretraining
+    assert pretraining is not None
+    for folder in (runs[0].folder, runs[1].folder, pretraining.folder):
+        with RunFolder(tmp_path / folder).taken() as free:
+            assert free
 
 
 def test_slices_of_one_volume(hearts: Path, cache: KeypointCache, tmp_path: Path) -> None:
