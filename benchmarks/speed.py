@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -40,6 +41,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kaf_model import attention
 from kaf_model.checkpoint import ClassLabel, Model
 from kaf_model.compute import peak_bytes
 from kaf_model.config import FinetuneConfig, KeypointConfig, ModelConfig, PretrainConfig, SliceConfig
@@ -111,19 +113,20 @@ class Clock:
         self.repeats = repeats
         self.now = now
         kind = torch.bfloat16 if has_bfloat16(device) else torch.float32
-        maps = torch.randn(8, 256, 64, 64, device=device, dtype=kind).contiguous(
+        batch, width = (64, 4096) if device.type == "cuda" else (8, 1024)
+        maps = torch.randn(batch, 256, 64, 64, device=device, dtype=kind).contiguous(
             memory_format=torch.channels_last
         )
         kernel = torch.randn(256, 256, 3, 3, device=device, dtype=kind)
         kernel = kernel.contiguous(memory_format=torch.channels_last)
         rows, weight = (
-            torch.randn(4096, 1024, device=device, dtype=kind),
-            torch.randn(1024, 1024, device=device, dtype=kind),
+            torch.randn(4 * width, width, device=device, dtype=kind),
+            torch.randn(width, width, device=device, dtype=kind),
         )
         with torch.inference_mode():
             convolution = self.fastest(lambda: functional.conv2d(maps, kernel, padding=1))
             product = self.fastest(lambda: rows @ weight)
-        self.peaks = (2 * 9 * 256 * 256 * 8 * 64 * 64 / convolution, 2 * 4096 * 1024 * 1024 / product)
+        self.peaks = (2 * 9 * 256 * 256 * batch * 64 * 64 / convolution, 8 * width**3 / product)
         """Operations a second in a convolution and in a matrix product."""
 
     def once(self, work: Callable[[], object]) -> float:
@@ -149,8 +152,18 @@ class Clock:
                     kept.append(seconds)
         return statistics.median(times[0]), statistics.median(times[1])
 
-    def row(self, stage: str, ours: Callable[[], object], plain: Callable[[], object], per: int = 1) -> Row:
-        """Measure a stage of the network by both paths; everything is divided by `per` but the memory."""
+    def row(
+        self,
+        stage: str,
+        ours: Callable[[], object],
+        plain: Callable[[], object],
+        per: int = 1,
+        counted: Callable[[], object] | None = None,
+    ) -> Row:
+        """Measure a stage of the network by both paths; everything is divided by `per` but the memory.
+
+        `counted` does the same as `ours` where torch sees the operations.
+        """
         try:
             fast, slow = (seconds / per for seconds in self.both(ours, plain))
             with plain_path():
@@ -158,9 +171,12 @@ class Clock:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             fast, slow, plain_memory = self.fastest(ours) / per, None, None
-        # Attention is counted as its products: torch does not count its fused kernel on CPUs.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            ours()
+        # Attention is counted as its products: torch counts neither its fused kernel on CPUs nor that of packed rows.
+        by_products = nullcontext()
+        if self.device.type == "cuda":
+            by_products = mock.patch.object(attention, "attend", attention.attend_padded)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), by_products:
+            (counted or ours)()
         by_kind = [0, 0]
         for name, count in counter.get_flop_counts().get("Global", {}).items():
             by_kind["convolution" not in str(name)] += count // per
@@ -195,17 +211,23 @@ def pair_batch(shape: Shape, device: torch.device) -> PretrainingBatch:
 def trainers(
     make: Callable[[], nn.Module], config: PretrainConfig | FinetuneConfig, device: str
 ) -> list[Trainer]:
-    """A trainer of our path, one of the plain path, and one that recomputes, of networks that start alike."""
-    all_three = []
-    for precision, recompute in (("auto", False), ("float32", False), ("auto", True)):
+    """A trainer of our path, one of the plain path, one that recomputes, and on a GPU one that compiles.
+
+    Their networks start alike.
+    """
+    made = []
+    ways = [("auto", {}), ("float32", {}), ("auto", {"recompute": True})]
+    if device == "cuda":
+        ways.append(("auto", {"compile": True}))
+    for precision, changes in ways:
         torch.manual_seed(0)
         module = make()
         groups = [{"params": list(module.parameters()), "rate": 1.0}]
         fabric = make_fabric(device, precision=precision)
-        settings = config.override(recompute=recompute)
-        all_three.append(Trainer(module, settings, fabric=fabric, groups=groups, slices_per_epoch=1000))
-    all_three[1].raw_module.to(memory_format=torch.contiguous_format)
-    return all_three
+        settings = config.override(**changes)
+        made.append(Trainer(module, settings, fabric=fabric, groups=groups, slices_per_epoch=1000))
+    made[1].raw_module.to(memory_format=torch.contiguous_format)
+    return made
 
 
 def pretraining_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
@@ -213,7 +235,7 @@ def pretraining_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
     model = ModelConfig.preset(shape.preset)
     config = PretrainConfig.preset(shape.preset, batch_size=shape.pairs, epochs=None, steps=10**6)
     network = partial(PretrainingNetwork, model, config)
-    ours, plain, recomputing = trainers(network, config, clock.device.type)
+    ours, plain, *others = trainers(network, config, clock.device.type)
     batch, pairs = pair_batch(shape, clock.device), shape.pairs
     yield clock.row("forward, a pair", lambda: ours.module(batch), lambda: plain.module(batch), pairs)
     yield clock.row(
@@ -224,7 +246,7 @@ def pretraining_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
     )
     yield clock.row("matching loss, a pair", matching(ours, batch), matching(plain, batch), pairs)
     yield clock.row("optimiser, a step", lambda: optimise(ours), lambda: optimise(plain))
-    yield from step_rows(clock, "pretraining step, a pair", [ours, plain, recomputing], batch, pairs)
+    yield from step_rows(clock, "pretraining step, a pair", [ours, plain, *others], batch, pairs)
 
 
 def networks(preset: PresetName) -> dict[str, ModelConfig]:
@@ -243,25 +265,34 @@ def finetuning_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
     tuning = FinetuneConfig.preset(shape.preset, epochs=None, steps=10**6)
     for name, kind in networks(shape.preset).items():
         make = partial(lambda kind: FinetuningNetwork(build_network(kind), tuning), kind)
-        three = trainers(make, tuning, clock.device.type)
+        made = trainers(make, tuning, clock.device.type)
         labels = torch.randint(kind.num_classes, (10, shape.side, shape.side), device=clock.device)
         labelled = LabelledBatch(views(shape, 10, clock.device), labels)
-        yield from step_rows(clock, f"finetuning step, {name}, ten slices", three, labelled)
+        yield from step_rows(clock, f"finetuning step, {name}, ten slices", made, labelled)
 
 
 def step_rows(
-    clock: Clock, stage: str, three: list[Trainer], batch: PretrainingBatch | LabelledBatch, per: int = 1
+    clock: Clock, stage: str, made: list[Trainer], batch: PretrainingBatch | LabelledBatch, per: int = 1
 ) -> Iterator[Row]:
-    """Whole steps on one batch, keeping activations and recomputing them."""
-    own, plain, recomputing = (
-        partial(next, trainer.run(lambda _step, _parts: [batch], stage="timing")) for trainer in three
+    """Whole steps on one batch by all of `trainers`."""
+    own, plain, *others = (
+        partial(next, trainer.run(lambda _step, _parts: [batch], stage="timing")) for trainer in made
     )
-    kept = clock.row(stage, own, plain, per)
+
+    def unreplayed() -> None:
+        replay, made[0]._replay = made[0]._replay, None
+        own()
+        made[0]._replay = replay
+
+    kept = clock.row(stage, own, plain, per, counted=unreplayed)
     yield kept
-    times = [clock.once(recomputing) for _ in range(1 + clock.repeats)]
-    memory = (peak_bytes(recomputing, clock.device), kept.memory and kept.memory[1])
-    seconds = statistics.median(times[1:]) / per
-    yield replace(kept, stage=f"{stage}, recomputing", ours=seconds, memory=memory)
+    for step, name in zip(others, ("recomputing", "compiled"), strict=False):
+        first, *times = [clock.once(step) for _ in range(2 + clock.repeats)]
+        memory = (peak_bytes(step, clock.device), kept.memory and kept.memory[1])
+        seconds = statistics.median(times[1:]) / per
+        yield replace(kept, stage=f"{stage}, {name}", ours=seconds, memory=memory)
+        if name == "compiled":
+            yield Row(f"{stage}, {name}: the first step", first)
 
 
 def optimise(trainer: Trainer) -> None:

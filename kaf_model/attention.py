@@ -8,6 +8,7 @@ attention itself is padded, under a mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -16,8 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kaf_model.normalization import BatchNorm
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -27,12 +37,14 @@ class PackedKeypoints:
     Attributes:
         positions: (T, 2) float (y, x) pixels of all valid keypoints, slice after slice.
         image: (T,) index of the slice of each row.
+        slot: (T,) index of each row in the padded layout of its slice.
         valid: (B, N) bool, the padded layout the rows came from.
         full: Whether nothing in the padded layout is padding.
     """
 
     positions: Tensor
     image: Tensor
+    slot: Tensor
     valid: Tensor
     full: bool
 
@@ -40,13 +52,14 @@ class PackedKeypoints:
     def from_padded(cls, positions: Tensor, valid: Tensor) -> PackedKeypoints:
         """Pack positions (B, N, 2) by their mask (B, N)."""
         image, slot = valid.nonzero(as_tuple=True)
-        return cls(positions[image, slot].float(), image, valid, len(image) == valid.numel())
+        return cls(positions[image, slot].float(), image, slot, valid, len(image) == valid.numel())
 
     @classmethod
     def none(cls, batch: int, device: torch.device) -> PackedKeypoints:
         """No keypoints in any of `batch` slices."""
         valid = torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        return cls.from_padded(torch.zeros(batch, 0, 2, device=device), valid)
+        nowhere = torch.zeros(0, dtype=torch.int64, device=device)
+        return cls(torch.zeros(0, 2, device=device), nowhere, nowhere, valid, full=True)
 
     def __len__(self) -> int:
         return len(self.image)
@@ -56,14 +69,25 @@ class PackedKeypoints:
         batch, longest = self.valid.shape
         if self.full:
             return rows.view(batch, longest, rows.shape[-1])
-        padded = rows.new_zeros(batch, longest, rows.shape[-1])
-        return padded.masked_scatter(self.valid[..., None], rows)
+        padded: Tensor = _Spread.apply(rows, self._place, batch * longest)  # type: ignore[no-untyped-call]
+        return padded.view(batch, longest, rows.shape[-1])
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, N, C) -> packed rows (T, C)."""
         if self.full:
             return padded.reshape(len(self), padded.shape[-1])
-        return padded[self.valid]
+        rows: Tensor = _Collect.apply(padded.flatten(0, 1), self._place)  # type: ignore[no-untyped-call]
+        return rows
+
+    @cached_property
+    def _place(self) -> Tensor:
+        """Where each row lies in the padded layout, (T,)."""
+        return self.image * self.valid.shape[1] + self.slot
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """The first row of each slice, and the number of all rows: (B + 1,) int32."""
+        return functional.pad(self.valid.sum(1).cumsum(0), (1, 0)).int()
 
     def mean(self, rows: Tensor) -> Tensor:
         """Mean over each slice's keypoints, (T, C) -> (B, C); zero for a slice without any."""
@@ -160,11 +184,33 @@ def attend(
     Returns:
         (T, E), zero for slices whose source is empty.
     """
+    if query.device.type == "cuda" and query.dtype in _HALF and varlen_attn is not None:
+        return attend_packed(query, key, value, keypoints, source, heads=heads)
     if query.device.type != "cpu":
         return attend_padded(query, key, value, keypoints, source, heads=heads)
     if query.dtype == torch.bfloat16:
         return attend_each(query, key, value, keypoints, source, heads=heads)
     return attend_fused(query, key, value, keypoints, source, heads=heads)
+
+
+def attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keypoints: PackedKeypoints,
+    source: PackedKeypoints,
+    *,
+    heads: int,
+) -> Tensor:
+    """`attend` on the packed rows as they are, by the kernel that GPUs have for sequences of different length."""
+    assert varlen_attn is not None
+    queries, keys, values = (rows.reshape(len(rows), heads, -1) for rows in (query, key, value))
+    longest, longest_source = keypoints.valid.shape[1], source.valid.shape[1]
+    if not longest or not longest_source:
+        return torch.zeros_like(query)
+    attended = varlen_attn(queries, keys, values, keypoints.starts, source.starts, longest, longest_source)
+    assert isinstance(attended, Tensor)
+    return attended.flatten(1)
 
 
 def attend_padded(
@@ -176,7 +222,7 @@ def attend_padded(
     *,
     heads: int,
 ) -> Tensor:
-    """`attend` for the whole batch at once, padded under a mask: few large operations, as GPUs like it."""
+    """`attend` for the whole batch at once, padded under a mask: few large operations, for GPUs in float32."""
     mask = None
     if not source.full:
         empty = ~source.valid.any(1, keepdim=True)  # a softmax over nothing has no value
@@ -327,6 +373,34 @@ class _AttendRuns(torch.autograd.Function):
         return grad_query.mul_(scaled.shape[1] ** -0.5), grad_key, grad_value, None
 
 
+class _Spread(torch.autograd.Function):
+    """Rows at places of their own among zeros; unlike a mask it waits for no GPU."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, place: Tensor, length: int) -> Tensor:
+        context.place = place
+        return rows.new_zeros(length, rows.shape[1]).index_copy_(0, place, rows)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(0, context.place), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Undo `_Spread`: the rows at some places, each taken once."""
+
+    @staticmethod
+    def forward(context: Any, spread: Tensor, place: Tensor) -> Tensor:
+        context.place, context.length = place, len(spread)
+        return spread.index_select(0, place)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0]
+        zeros = gradient.new_zeros(context.length, gradient.shape[1])
+        return zeros.index_copy_(0, context.place, gradient), None
+
+
 class _Reorder(torch.autograd.Function):
     """Rows in another order; the gradient is gathered back instead of scattered."""
 
@@ -349,11 +423,14 @@ def _dot_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None 
     """Scaled dot-product attention, (B, heads, N, D) and (B, heads, M, D) twice -> (B, heads, N, D).
 
     In bfloat16 on CPUs torch's fused kernel takes two to three times as long, forward and backward, as two
-    products and a softmax; everywhere else the fused kernel wins. `mask` is (B, 1, 1, M), false at padding.
+    products and a softmax; everywhere else the fused kernels win, but cuDNN's, which is built anew for every number
+    of keypoints, a tenth of a second each. `mask` is (B, 1, 1, M), false at padding.
     """
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return _explicit_product(query, key, value, mask)
+    kernels = sdpa_kernel(_KERNELS) if query.device.type == "cuda" else nullcontext()
+    with kernels:
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return _explicit_product(query, key, value, mask)
 
 
 def _explicit_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -404,7 +481,12 @@ class AttentionBlock(nn.Module):
             width = self.width
             query = functional.linear(embeddings, weight[:width], bias[:width])
             key, value = functional.linear(source, weight[width:], bias[width:]).chunk(2, dim=-1)
-        message = self.merge(attend(query, key, value, keypoints, source_keypoints, heads=self.heads))
+        attended = attend(query, key, value, keypoints, source_keypoints, heads=self.heads)
+        return self.update(embeddings, attended)
+
+    def update(self, embeddings: Tensor, attended: Tensor) -> Tensor:
+        """What becomes of keypoints (T, E) by what they attended to (T, E)."""
+        message = self.merge(attended)
         update: Tensor = self.mlp(torch.cat([embeddings.to(message.dtype), message], dim=-1))
         return embeddings + update
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -60,73 +60,41 @@ class SpatialTransform:
         canvas: tuple[int, int] | None = None,
         rows: Tensor | None = None,
     ) -> SpatialTransform:
-        """Draw the map of each slice of a batch.
-
-        A slice is turned, scaled and deformed with chance `config.spatial_probability`; otherwise it is only
-        cropped, on whole pixels. Mirroring, where it is on, comes on top of either. The crop lies uniformly
-        where, magnified, it stays within the slice (rotation and elastic displacement may still carry its
-        corners out); along an axis where the slice is too small it is centred. A displacement that would
-        squeeze the grid by more than `MAX_COMPRESSION` anywhere is weakened as a whole, so that no map folds.
+        """Draw the map of each slice of a batch; see `SpatialDraws.draw`.
 
         Args:
             config: Ranges.
             sizes: (B, 2) true height and width of each slice.
             generator: A CPU generator, the only source of randomness: the same on every device.
             device: Where the slices are.
-            centres: (B, 2) input points that shall lie at the centre of the crop (the nearest whole pixel for
-                slices that are only cropped); rows of NaN are placed at random.
+            centres: (B, 2) input points that shall lie at the centre of the crop, or NaN.
             canvas: Output size when `config.crop` is None; default: the largest of `sizes`.
-            rows: (b,) slices of the batch whose maps are returned, e.g. the share of one rank; default: all. The
-                others are drawn, but no displacement is computed for them.
+            rows: (b,) slices of the batch whose maps are returned; default: all.
         """
-        sizes = sizes.to("cpu", torch.int64)
-        num_slices = len(sizes)
-        if sizes.shape != (num_slices, 2):
-            raise ValueError(f"sizes must be (B, 2) heights and widths, got shape {tuple(sizes.shape)}")
-        if canvas is None:
-            canvas = (int(sizes[:, 0].max()), int(sizes[:, 1].max()))
-        output_size = config.crop or canvas
+        draws = SpatialDraws.draw(
+            config, sizes, generator=generator, centres=centres, canvas=canvas, rows=rows
+        )
+        return cls.of(draws, device)
 
-        def draw(low: float, high: float, *shape: int) -> Tensor:
-            return low + (high - low) * torch.rand(num_slices, *shape, generator=generator)
-
-        moved = draw(0, 1) < config.spatial_probability  # (B,)
-        angle = torch.deg2rad(draw(-config.rotation, config.rotation)) * moved
-        magnification = torch.where(moved, draw(*config.scale), 1.0)
-        mirrored = (draw(0, 1, 2) < 0.5) & config.mirror  # (B, 2)
-        cosine, sine = angle.cos(), angle.sin()
-        rotation = torch.stack([cosine, -sine, sine, cosine], dim=-1).view(-1, 2, 2)
-        matrix = rotation * torch.where(mirrored, -1.0, 1.0)[:, None] / magnification[:, None, None]
-
-        crop = torch.tensor(output_size, dtype=torch.float32)
-        centre = _crop_centres(sizes, crop, magnification, moved, draw(0, 1, 2), centres)
-        offset = centre - _apply(matrix, (crop - 1).view(1, 1, 2) / 2)[:, 0]
-        rows = torch.arange(num_slices) if rows is None else rows
-        matrix, offset = matrix[rows].to(device), offset[rows].to(device)
-
-        displacement = None
-        if config.spatial_probability > 0 and max(config.elastic_alpha) > 0:
-            displacement = _elastic(
-                draw(*config.elastic_alpha) * moved,
-                draw(*config.elastic_sigma),
-                rows,
-                spacing=min(config.elastic_sigma),
-                reach=max(config.elastic_sigma),
-                output_size=output_size,
-                generator=generator,
-                device=torch.device(device),
-            )
-            if centres is not None:  # the displacement must not carry the wanted point away from the centre
-                middle = ((crop - 1) / 2).to(device).expand(len(rows), 1, 2)
+    @classmethod
+    def of(cls, draws: SpatialDraws, device: torch.device | str = "cpu") -> SpatialTransform:
+        """The maps that were drawn, on a device."""
+        device = torch.device(device)
+        matrix, offset, displacement = draws.matrix.to(device), draws.offset.to(device), None
+        if draws.elastic is not None:
+            displacement = draws.elastic.displacement(draws.output_size, device)
+            if draws.centred.any():  # the displacement must not carry the wanted point away from the centre
+                crop = torch.tensor(draws.output_size, dtype=torch.float32)
+                middle = ((crop - 1) / 2).to(device).expand(len(matrix), 1, 2)
                 carried = _interpolate(displacement, middle)[0]  # (b, 1, 2)
-                wanted = centres[rows].to(device).isfinite().all(dim=-1, keepdim=True)
+                wanted = draws.centred[:, None].to(device)
                 offset = offset - torch.where(wanted, _apply(matrix, carried)[:, 0], 0.0)
         return cls(
             matrix=matrix,
             offset=offset,
             displacement=displacement,
-            sizes=sizes[rows],
-            output_size=output_size,
+            sizes=draws.sizes,
+            output_size=draws.output_size,
         )
 
     def select(self, indices: slice | Sequence[int] | Tensor) -> SpatialTransform:
@@ -261,6 +229,190 @@ class SpatialTransform:
             )
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SpatialDraws:
+    """What was drawn for the maps of b slices, as plain numbers on the CPU.
+
+    Attributes:
+        matrix: (b, 2, 2) of the map.
+        offset: (b, 2) of the map, where nothing is displaced.
+        elastic: What the displacement is made from, or None.
+        centred: (b,) whether the crop lies about a point that was asked for.
+        sizes: (b, 2) true height and width of each slice.
+        output_size: (h, w) of what comes out.
+    """
+
+    matrix: Tensor
+    offset: Tensor
+    elastic: _Elastic | None
+    centred: Tensor
+    sizes: Tensor
+    output_size: tuple[int, int]
+
+    @classmethod
+    def draw(
+        cls,
+        config: AugmentConfig,
+        sizes: Tensor,
+        *,
+        generator: torch.Generator,
+        centres: Tensor | None = None,
+        canvas: tuple[int, int] | None = None,
+        rows: Tensor | None = None,
+    ) -> SpatialDraws:
+        """Draw the map of each slice of a batch.
+
+        A slice is turned, scaled and deformed with chance `config.spatial_probability`; otherwise it is only
+        cropped, on whole pixels. Mirroring, where it is on, comes on top of either. The crop lies uniformly
+        where, magnified, it stays within the slice (rotation and elastic displacement may still carry its
+        corners out); along an axis where the slice is too small it is centred. A displacement that would
+        squeeze the grid by more than `MAX_COMPRESSION` anywhere is weakened as a whole, so that no map folds.
+
+        Args:
+            config: Ranges.
+            sizes: (B, 2) true height and width of each slice.
+            generator: A CPU generator, the only source of randomness.
+            centres: (B, 2) input points that shall lie at the centre of the crop (the nearest whole pixel for
+                slices that are only cropped); rows of NaN are placed at random.
+            canvas: Output size when `config.crop` is None; default: the largest of `sizes`.
+            rows: (b,) slices of the batch that are returned, e.g. the share of one rank; default: all. The others
+                are drawn as well.
+        """
+        sizes = sizes.to("cpu", torch.int64)
+        num_slices = len(sizes)
+        if sizes.shape != (num_slices, 2):
+            raise ValueError(f"sizes must be (B, 2) heights and widths, got shape {tuple(sizes.shape)}")
+        if canvas is None:
+            canvas = (int(sizes[:, 0].max()), int(sizes[:, 1].max()))
+        output_size = config.crop or canvas
+
+        def draw(low: float, high: float, *shape: int) -> Tensor:
+            return low + (high - low) * torch.rand(num_slices, *shape, generator=generator)
+
+        moved = draw(0, 1) < config.spatial_probability  # (B,)
+        angle = torch.deg2rad(draw(-config.rotation, config.rotation)) * moved
+        magnification = torch.where(moved, draw(*config.scale), 1.0)
+        mirrored = (draw(0, 1, 2) < 0.5) & config.mirror  # (B, 2)
+        cosine, sine = angle.cos(), angle.sin()
+        rotation = torch.stack([cosine, -sine, sine, cosine], dim=-1).view(-1, 2, 2)
+        matrix = rotation * torch.where(mirrored, -1.0, 1.0)[:, None] / magnification[:, None, None]
+
+        crop = torch.tensor(output_size, dtype=torch.float32)
+        centre = _crop_centres(sizes, crop, magnification, moved, draw(0, 1, 2), centres)
+        offset = centre - _apply(matrix, (crop - 1).view(1, 1, 2) / 2)[:, 0]
+        rows = torch.arange(num_slices) if rows is None else rows
+        elastic = None
+        if config.spatial_probability > 0 and max(config.elastic_alpha) > 0:
+            spacing, reach = min(config.elastic_sigma), max(config.elastic_sigma)
+            alpha, sigma = draw(*config.elastic_alpha) * moved, draw(*config.elastic_sigma)
+            elastic = _Elastic.draw(alpha, sigma, spacing, reach, output_size, generator).select(rows)
+        centred = torch.zeros(num_slices, dtype=torch.bool)
+        if centres is not None:
+            centred = centres.to("cpu").isfinite().all(dim=-1)
+        return cls(
+            matrix=matrix[rows],
+            offset=offset[rows],
+            elastic=elastic,
+            centred=centred[rows],
+            sizes=sizes[rows],
+            output_size=output_size,
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[SpatialDraws]) -> SpatialDraws:
+        """Those of several batches that were drawn from the same ranges to the same output size, one after another."""
+        first = parts[0]
+        elastic = None
+        if first.elastic is not None:
+            elastic = _Elastic.join([part.elastic for part in parts if part.elastic is not None])
+        return cls(
+            matrix=torch.cat([part.matrix for part in parts]),
+            offset=torch.cat([part.offset for part in parts]),
+            elastic=elastic,
+            centred=torch.cat([part.centred for part in parts]),
+            sizes=torch.cat([part.sizes for part in parts]),
+            output_size=first.output_size,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Elastic:
+    """Elastic displacements as they are drawn: smoothed noise times a strength.
+
+    A Gaussian of `sigma` pixels cannot tell noise at every pixel from noise at knots up to sigma apart with
+    the same variance per area, so the noise lives on knots `spacing` apart and smoothing is two small matrix
+    products. Uniform noise on -1..1 gives a standard deviation of alpha / sqrt(3) / (2 sqrt(pi) sigma).
+
+    Attributes:
+        alpha: (b,) strengths; 0 gives no displacement.
+        sigma: (b,) smoothness in output pixels.
+        noise: (b, 2, n, m) at the knots.
+        spacing: Distance of the knots, the smallest possible sigma.
+        reach: Largest possible sigma.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    noise: Tensor
+    spacing: float
+    reach: float
+
+    @classmethod
+    def draw(
+        cls,
+        alpha: Tensor,
+        sigma: Tensor,
+        spacing: float,
+        reach: float,
+        output_size: tuple[int, int],
+        generator: torch.Generator,
+    ) -> _Elastic:
+        """Draw the noise for an output size (h, w)."""
+        if spacing <= 0:
+            raise ValueError(f"elastic_sigma must be positive pixels, got {spacing}")
+        down, across = (len(knots) for knots in _knots(output_size, spacing, reach))
+        noise = 2 * torch.rand(len(alpha), 2, down, across, generator=generator) - 1
+        return cls(alpha, sigma, noise, spacing, reach)
+
+    def select(self, rows: Tensor) -> _Elastic:
+        """Those of some slices."""
+        return replace(self, alpha=self.alpha[rows], sigma=self.sigma[rows], noise=self.noise[rows])
+
+    @classmethod
+    def join(cls, parts: Sequence[_Elastic]) -> _Elastic:
+        """Those of several batches, one after another."""
+        return replace(
+            parts[0],
+            alpha=torch.cat([part.alpha for part in parts]),
+            sigma=torch.cat([part.sigma for part in parts]),
+            noise=torch.cat([part.noise for part in parts]),
+        )
+
+    def displacement(self, output_size: tuple[int, int], device: torch.device) -> Tensor:
+        """The displacement of each output pixel, (b, 2, h, w)."""
+        alpha, sigma = self.alpha.to(device), self.sigma.to(device)[:, None, None]
+
+        def kernel(size: int, knots: Tensor) -> Tensor:  # (b, 1, size, knots)
+            distance = torch.arange(size, device=device)[:, None] - self.spacing * knots.to(device)
+            weights = torch.exp(-0.5 * (distance / sigma) ** 2) / (math.sqrt(2 * math.pi) * sigma)
+            return weights[:, None]
+
+        knots = _knots(output_size, self.spacing, self.reach)
+        down, across = (kernel(size, along) for size, along in zip(output_size, knots, strict=True))
+        with full_precision(device):
+            smooth = down @ self.noise.to(device) @ across.mT  # (b, 2, h, w)
+        strength = alpha * self.spacing
+        squeeze = strength * _compression(smooth, step=max(1, round(self.spacing / 6)))
+        strength = strength * (MAX_COMPRESSION / squeeze.clamp(min=MAX_COMPRESSION))
+        return smooth * strength[:, None, None, None]
+
+
+def _knots(output_size: tuple[int, int], spacing: float, reach: float) -> list[Tensor]:
+    """Where the noise lies, in knots from the first pixel, along either axis."""
+    margin = math.ceil(_KERNEL_RADIUS * reach / spacing)
+    return [torch.arange(-margin, math.ceil((size - 1) / spacing) + margin + 1) for size in output_size]
+
+
 def _crop_centres(
     sizes: Tensor, crop: Tensor, magnification: Tensor, moved: Tensor, chance: Tensor, wanted: Tensor | None
 ) -> Tensor:
@@ -278,55 +430,6 @@ def _crop_centres(
     half = (crop - 1) / 2
     aligned = torch.where(moved[:, None], wanted, (wanted - half).round() + half)
     return torch.where(wanted.isfinite().all(dim=-1, keepdim=True), aligned, centre)
-
-
-def _elastic(
-    alpha: Tensor,
-    sigma: Tensor,
-    rows: Tensor,
-    *,
-    spacing: float,
-    reach: float,
-    output_size: tuple[int, int],
-    generator: torch.Generator,
-    device: torch.device,
-) -> Tensor:
-    """Elastic displacement (b, 2, h, w) of some rows of a batch of B: smoothed noise times `alpha`.
-
-    A Gaussian of `sigma` pixels cannot tell noise at every pixel from noise at knots up to sigma apart with
-    the same variance per area, so the noise lives on knots `spacing` apart and smoothing is two small matrix
-    products. Uniform noise on -1..1 gives a standard deviation of alpha / sqrt(3) / (2 sqrt(pi) sigma).
-
-    Args:
-        alpha: (B,) strengths; 0 gives no displacement.
-        sigma: (B,) smoothness in output pixels.
-        rows: (b,) slices whose displacement is computed; the noise of all B is drawn.
-        spacing: Distance of the knots, the smallest possible sigma.
-        reach: Largest possible sigma.
-        output_size: (h, w).
-        generator: Source of the noise, on the CPU.
-        device: Where the displacement is computed.
-    """
-    if spacing <= 0:
-        raise ValueError(f"elastic_sigma must be positive pixels, got {spacing}")
-    margin = math.ceil(_KERNEL_RADIUS * reach / spacing)
-    knots = [torch.arange(-margin, math.ceil((size - 1) / spacing) + margin + 1) for size in output_size]
-    noise = 2 * torch.rand(len(alpha), 2, len(knots[0]), len(knots[1]), generator=generator) - 1
-
-    alpha, sigma, noise = alpha[rows].to(device), sigma[rows].to(device)[:, None, None], noise[rows]
-
-    def kernel(size: int, knots: Tensor) -> Tensor:  # (b, 1, size, knots)
-        distance = torch.arange(size, device=device)[:, None] - spacing * knots.to(device)
-        weights = torch.exp(-0.5 * (distance / sigma) ** 2) / (math.sqrt(2 * math.pi) * sigma)
-        return weights[:, None]
-
-    down, across = (kernel(size, knots) for size, knots in zip(output_size, knots, strict=True))
-    with full_precision(device):
-        smooth = down @ noise.to(device) @ across.mT  # (b, 2, h, w)
-    strength = alpha * spacing
-    squeeze = strength * _compression(smooth, step=max(1, round(spacing / 6)))
-    strength = strength * (MAX_COMPRESSION / squeeze.clamp(min=MAX_COMPRESSION))
-    return smooth * strength[:, None, None, None]
 
 
 def _compression(displacement: Tensor, *, step: int) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from kaf_model.engine import channels_last
@@ -17,7 +17,9 @@ from kaf_model.preparation import LabelledSlice
 from kaf_model.segment import predict_slices
 from kaf_model.unet import SegmentationNetwork, build_network
 
-_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 class WeightAverage:
@@ -37,23 +39,30 @@ class WeightAverage:
         self, network: SegmentationNetwork, decay: float, held_out: Sequence[LabelledSlice], classes: ClassMap
     ) -> None:
         self._network = network
+        self._decay = decay
         self._held_out = held_out
         self._classes = classes
         self.best_dice: float | None = None
         self._best: dict[str, Tensor] | None = None
+        self._model = AveragedModel(network, use_buffers=True)
+        pairs = list(zip(_tensors(self._model.module), _tensors(network), strict=True))
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
 
-        def blend(averages: _Tensors, current: _Tensors, count: Tensor | int) -> None:
-            if not averages[0].is_floating_point():  # tensors come grouped by type
-                torch._foreach_copy_(averages, current)
-                return
-            share = min(decay, (1 + int(count)) / (10 + int(count)))  # a short training forgets its start too
-            torch._foreach_lerp_(averages, current, 1 - share)
-
-        self._model = AveragedModel(network, multi_avg_fn=blend, use_buffers=True)
-
+    @torch.no_grad()
     def update(self) -> None:
         """Take the weights after a step into the average."""
-        self._model.update_parameters(self._network)
+        # By lists that are made once: AveragedModel's own method, which makes them anew, takes a GPU's whole step.
+        count = int(self._model.n_averaged)
+        share = (
+            min(self._decay, (1 + count) / (10 + count)) if count else 0.0
+        )  # a short training forgets its start too
+        averages, current = zip(*self._averaged, strict=True)
+        torch._foreach_lerp_(averages, current, 1 - share)
+        if self._copied:
+            averages, current = zip(*self._copied, strict=True)
+            torch._foreach_copy_(averages, current)
+        self._model.n_averaged += 1
 
     def network(self) -> SegmentationNetwork:
         """The averaged network, in evaluation mode."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from kaf_model.augment import SpatialTransform
+from kaf_model.augment import SpatialDraws, SpatialTransform
 from kaf_model.config import AugmentConfig, CorrespondenceConfig
 from kaf_model.correspondences import UNMATCHED, find_correspondences
 from kaf_model.engine import generator_for
@@ -113,6 +113,11 @@ def compact(keypoints: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     order = torch.argsort(~valid, dim=1, stable=True)
     order = order[:, : int(valid.sum(1).max()) if valid.numel() else 0]
     return keypoints.gather(1, order[..., None].expand(-1, -1, 2)), valid.gather(1, order), order
+
+
+_MOST_STEPS_TOGETHER = 8
+_PIXELS_TOGETHER = 2**24
+"""Pixels of the slices that a GPU augments at once, at most: 64 MiB a map of them."""
 
 
 @dataclass(frozen=True)
@@ -327,39 +332,69 @@ class LabelledSlices:
         self.batch_size = batch_size
         self.seed = seed
         self._where = [np.argwhere(labelled.labels > 0) for labelled in slices]
+        self._made: list[LabelledBatch] = []
+        self._made_for: tuple[int, torch.device, Shard] | None = None
 
     def __len__(self) -> int:
         return len(self.slices)
 
     def batch(self, step: int, device: torch.device, shard: Shard | None = None) -> LabelledBatch:
-        """The augmented slices of a step."""
-        chosen = [item for _, item in items_of_step(step, self.batch_size, len(self), self.seed)]
-        rows = (shard or Shard()).rows(len(chosen))
-        sizes = torch.tensor([self.slices[s].image.shape for s in chosen])
-        transform = SpatialTransform.sample(
-            self.augment,
-            sizes,
-            generator=generator_for(self.seed, step, 3),
-            device=device,
-            centres=self._centres(chosen, step),
-            canvas=whole_canvas(sizes),
-            rows=rows,
-        )
-        intensity = IntensityChange.sample(
-            self.augment, len(chosen), generator=generator_for(self.seed, step, 4)
-        ).select(rows)
-        own = [self.slices[chosen[row]] for row in rows.tolist()]
+        """The augmented slices of a step.
+
+        A GPU augments those of several steps at once: it takes as long as for one.
+        """
+        shard, together = shard or Shard(), self._steps_together(device)
+        first = step - step % together
+        if self._made_for != (first, device, shard):
+            self._made = self._batches(range(first, first + together), device, shard)
+            self._made_for = (first, device, shard)
+        return self._made[step - first]
+
+    def _steps_together(self, device: torch.device) -> int:
+        crop = self.augment.crop
+        if device.type == "cpu" or crop is None:
+            return 1
+        return max(1, min(_MOST_STEPS_TOGETHER, _PIXELS_TOGETHER // (self.batch_size * crop[0] * crop[1])))
+
+    def _batches(self, steps: Sequence[int], device: torch.device, shard: Shard) -> list[LabelledBatch]:
+        own, transforms, intensities, counts = [], [], [], []
+        for step in steps:
+            chosen = [item for _, item in items_of_step(step, self.batch_size, len(self), self.seed)]
+            rows = shard.rows(len(chosen))
+            sizes = torch.tensor([self.slices[s].image.shape for s in chosen])
+            transforms.append(
+                SpatialDraws.draw(
+                    self.augment,
+                    sizes,
+                    generator=generator_for(self.seed, step, 3),
+                    centres=self._centres(chosen, step),
+                    canvas=whole_canvas(sizes),
+                    rows=rows,
+                )
+            )
+            change = IntensityChange.sample(
+                self.augment, len(chosen), generator=generator_for(self.seed, step, 4)
+            )
+            intensities.append(change.select(rows))
+            own += [self.slices[chosen[row]] for row in rows.tolist()]
+            counts.append(len(rows))
+        transform = SpatialTransform.of(SpatialDraws.join(transforms), device)
         keypoints, valid = pad_keypoints([labelled.keypoints for labelled in own])
         views = augment_views(
             stack_padded([labelled.image for labelled in own]).to(device),
             keypoints.to(device),
             valid.to(device),
             transform=transform,
-            intensity=intensity,
+            intensity=IntensityChange.join(intensities),
         )
-        moved, inside, _ = compact(views.keypoints, views.valid)
         labels = stack_padded([labelled.labels for labelled in own], fill=IGNORED).to(device)
-        return LabelledBatch(Views(views.images, moved, inside), transform.labels(labels, outside=IGNORED))
+        moved = transform.labels(labels, outside=IGNORED)
+        return [
+            LabelledBatch(Views(images, *compact(points, there)[:2]), of_step)
+            for images, points, there, of_step in zip(
+                *(torch.split(part, counts) for part in (*views, moved)), strict=True
+            )
+        ]
 
     def _centres(self, chosen: Sequence[int], step: int) -> Tensor:
         """A labelled foreground pixel for some slices, NaN for those that are cropped anywhere."""

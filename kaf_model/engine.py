@@ -20,12 +20,14 @@ from typing import Any, Literal
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 
 from kaf_model.checkpoint import load_header, load_tensors, save_tensors
 from kaf_model.checkpointing import checkpoint_activations
 from kaf_model.config import TrainingConfig
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
+from kaf_model.replay import GradientReplay
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 DEVICES: tuple[DeviceName, ...] = ("auto", "cpu", "cuda", "mps")
@@ -130,6 +132,13 @@ def make_optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torc
     return kind(scaled, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
+def _check_compilable(fabric: Fabric, config: TrainingConfig) -> None:
+    if fabric.device.type != "cuda" or not has_triton():
+        raise UserError("compile=true needs an NVIDIA GPU and Triton, which are not both here; leave it out")
+    if config.recompute or fabric.world_size > 1:
+        raise UserError("compile=true goes neither with recompute=true nor with several processes")
+
+
 def learning_rate_factor(config: TrainingConfig, fraction: float) -> float:
     """Linear warm-up, then a cosine from 1 to the floor, at a fraction 0..1 of the training."""
     if fraction < config.warmup:
@@ -155,7 +164,8 @@ class Trainer:
     """Steps an optimiser over a module that maps a batch to named losses, one of them "total".
 
     Args:
-        module: Maps a batch to {"total": scalar, ...}.
+        module: Maps a batch to {"total": scalar, ...}. If its attribute `same_operations` is true, what it computes
+            depends on nothing but the shape of a batch, and GPUs replay it.
         config: Budgets, optimiser, schedule.
         fabric: Where it runs.
         groups: Parameter groups with a "rate" each.
@@ -186,7 +196,16 @@ class Trainer:
             raise UserError(
                 "recompute=true does nothing in this network, which has no block that it is made for"
             )
+        if config.compile:
+            _check_compilable(fabric, config)
+            from kaf_model.compiling import compile_blocks  # what it needs takes seconds to import
+
+            compile_blocks(module)
         self.module, self.optimizer = fabric.setup(module, make_optimizer(config, groups))
+        alone = fabric.device.type == "cuda" and fabric.world_size == 1 and not config.recompute
+        self._replay = None
+        if alone and getattr(module, "same_operations", False):
+            self._replay = GradientReplay(module, fabric.autocast)
         budgets = [config.steps]
         if config.epochs is not None:
             budgets.append(math.ceil(config.epochs * slices_per_epoch / config.batch_size))
@@ -282,11 +301,14 @@ class Trainer:
 
     def _gradients(self, batches: list[Any]) -> dict[str, float]:
         seen: list[dict[str, Tensor]] = []
+        losses: Mapping[str, Tensor] | None
         for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with self.fabric.no_backward_sync(self.module, enabled=not last):
-                losses: Mapping[str, Tensor] = self.module(batch)
-                self.fabric.backward(losses["total"] / len(batches))
+            losses = self._replayed(batch) if len(batches) == 1 else None
+            if losses is None:
+                last = index == len(batches) - 1
+                with self.fabric.no_backward_sync(self.module, enabled=not last):
+                    losses = self.module(batch)
+                    self.fabric.backward(losses["total"] / len(batches))
             seen.append({name: loss.detach() for name, loss in losses.items()})
         names = sorted(seen[0], key="total".__eq__)  # its terms first: they are to be named
         # They are read once all is under way: reading waits for the device.
@@ -302,6 +324,19 @@ class Trainer:
                     "the weights before it. Try a lower learning rate, or precision float32"
                 )
         return {"total": means.pop("total"), **means}
+
+    def _replayed(self, batch: Any) -> Mapping[str, Tensor] | None:
+        """The losses of a batch and their gradients by a recording, if there is one or can be."""
+        if self._replay is None:
+            return None
+        try:
+            return self._replay(batch)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                self._replay = None
+                raise
+            self._replay = None  # what cannot be recorded is computed as ever
+            return None
 
     def _clip_gradients(self) -> None:
         norm = self.fabric.clip_gradients(

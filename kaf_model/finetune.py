@@ -54,6 +54,7 @@ class FinetuningNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.with_dice = config.loss == "dice+cross-entropy"
+        self.same_operations = network.encoder.same_operations
 
     def forward(self, batch: LabelledBatch) -> dict[str, Tensor]:
         """{"total", "cross-entropy"} and, if it is part of the loss, {"dice"}."""

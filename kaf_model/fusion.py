@@ -6,6 +6,8 @@ back into an empty map, diffuse it with two convolutions, and concatenate it wit
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +69,8 @@ class KafLayer(nn.Module):
         """
         height, width = features.shape[-2:]
         cells = level_cells(keypoints.positions, self.level, height, width)
-        embeddings = self._embed(features, cells, keypoints)
+        features, gathered = _gather(features, _flat_index(cells, keypoints, height, width))
+        embeddings = self._embed(gathered, cells, (height, width))
         for block in self.attention:
             embeddings = block(embeddings, keypoints)
         spread = self.spread(embeddings, cells, keypoints, (height, width))
@@ -77,22 +80,48 @@ class KafLayer(nn.Module):
         self, embeddings: Tensor, cells: Tensor, keypoints: PackedKeypoints, size: tuple[int, int]
     ) -> Tensor:
         """Scatter keypoint features (T, E) into an empty map at their cells (T, 2) and diffuse it: (B, C, H, W)."""
-        first, normalise, activate, second = self.diffusion
-        narrow = keypoint_convolution(first, embeddings, cells, keypoints, size)
+        return self.diffuse(keypoint_convolution(self.diffusion[0], embeddings, cells, keypoints, size))
+
+    def diffuse(self, narrow: Tensor) -> Tensor:
+        """The second half of the diffusion, (B, D, H, W) -> (B, C, H, W)."""
+        _, normalise, activate, second = self.diffusion
         diffused: Tensor = second(activate(normalise(narrow)))
         return diffused
 
-    def _embed(self, features: Tensor, cells: Tensor, keypoints: PackedKeypoints) -> Tensor:
-        height, width = features.shape[-2:]
-        rows = features.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, C)
-        gathered = rows.index_select(0, _flat_index(cells, keypoints, height, width))
-        size = torch.tensor([height, width], dtype=torch.float32, device=features.device)
-        reference = float(max(height, width))
+    def _embed(self, gathered: Tensor, cells: Tensor, size: tuple[int, int]) -> Tensor:
+        middle = torch.tensor(size, dtype=torch.float32, device=gathered.device) / 2
+        reference = float(max(size))
         if self.position_reference is not None:
             reference = self.position_reference / 2**self.level
-        code = self.position_encoder(cells.float(), size / 2, reference)
+        code = self.position_encoder(cells.float(), middle, reference)
         embeddings: Tensor = self.projection(gathered) + code
         return embeddings
+
+
+def _gather(features: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+    """A map (B, C, H, W) as it is, and its values (T, C) at some cells of all slices."""
+    if not (features.requires_grad and torch.is_grad_enabled()):
+        return features, features.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, flat)
+    both: tuple[Tensor, Tensor] = _Gather.apply(features, flat)  # type: ignore[no-untyped-call]
+    return both
+
+
+class _Gather(torch.autograd.Function):
+    """The gradient of the values is added where they come from, to that of the map, instead of to an empty map."""
+
+    @staticmethod
+    def forward(context: Any, features: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+        context.flat = flat
+        rows = features.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, flat)
+        return features.view_as(features), rows
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        of_map, of_rows = gradients
+        together = of_map.clone(memory_format=torch.channels_last)
+        by_cell = together.permute(0, 2, 3, 1).view(-1, together.shape[1])
+        by_cell.index_add_(0, context.flat, of_rows.to(by_cell.dtype))
+        return together, None
 
 
 def _flat_index(cells: Tensor, keypoints: PackedKeypoints, height: int, width: int) -> Tensor:

@@ -63,6 +63,13 @@ class IntensityChange:
         """Return the changes of some slices of the batch, e.g. the share of one rank."""
         return IntensityChange(**{field.name: getattr(self, field.name)[indices] for field in fields(self)})
 
+    @classmethod
+    def join(cls, parts: Sequence[IntensityChange]) -> IntensityChange:
+        """The changes of several batches, one after another."""
+        return cls(
+            **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)}
+        )
+
     def apply(self, images: Tensor) -> Tensor:
         """Return the changed slices; those that nothing happens to are the same to the bit.
 

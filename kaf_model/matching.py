@@ -45,6 +45,8 @@ class _LogSinkhorn(torch.autograd.Function):
         tolerance: float,
     ) -> tuple[Tensor, Tensor]:
         row_mass, column_mass = log_rows.exp(), log_columns.exp()
+        wanted_rows, least_rows = _scaling_parts(row_mass)
+        wanted_columns, least_columns = _scaling_parts(column_mass)
         rows = [log_rows - torch.logsumexp(costs, dim=2)]
         columns = [torch.zeros_like(log_columns)]
         columns.append(log_columns - torch.logsumexp(costs + rows[0][:, :, None], dim=1))
@@ -52,73 +54,83 @@ class _LogSinkhorn(torch.autograd.Function):
             while len(rows) < iterations:
                 first_rows, first_columns = rows[-1], columns[-1]
                 kernel = _kernel(costs, first_rows, first_columns)
-                right = torch.ones_like(first_columns)
+                lefts, rights = [], [torch.ones_like(first_columns)]
                 for _ in range(min(_ITERATIONS_A_KERNEL, iterations - len(rows))):
-                    left = _scaling(row_mass, _times(kernel, right))
-                    right = _scaling(column_mass, _times(kernel.mT, left))
-                    rows.append(first_rows + left.log())
-                    columns.append(first_columns + right.log())
+                    lefts.append(wanted_rows / _times(kernel, rights[-1], least_rows))
+                    rights.append(wanted_columns / _times(kernel.mT, lefts[-1], least_columns))
+                rows += (first_rows + torch.stack(lefts).log()).unbind()
+                columns += (first_columns + torch.stack(rights[1:]).log()).unbind()
                 if tolerance and (columns[-1] - columns[-2]).abs().max() < tolerance:
                     break
-        context.save_for_backward(costs, row_mass, column_mass, *rows, *columns)
+        context.save_for_backward(costs, row_mass, column_mass, torch.stack(rows), torch.stack(columns))
         return rows[-1], columns[-1]
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        costs, row_mass, column_mass, *history = context.saved_tensors
-        iterations = len(history) // 2
-        rows, columns = history[:iterations], history[iterations:]
+        costs, row_mass, column_mass, rows, columns = context.saved_tensors
+        iterations = len(rows)
         of_row, of_column = (torch.where(mass > 0, 1 / mass, 0.0) for mass in (row_mass, column_mass))
-        grad_rows, grad_columns = gradients
+        grad_last_rows, grad_columns = gradients
         grad_costs = torch.zeros_like(costs)
-        grad_log_rows, grad_log_columns = torch.zeros_like(row_mass), torch.zeros_like(column_mass)
+        all_grad_rows: list[Tensor] = []
+        all_grad_columns: list[Tensor] = []
         with full_precision(costs.device):
             for start in reversed(range(1, iterations, _ITERATIONS_A_KERNEL)):
+                stop = min(start + _ITERATIONS_A_KERNEL, iterations)
                 kernel = _kernel(costs, rows[start - 1], columns[start])
+                left = (rows[start:stop] - rows[start - 1]).exp()
+                right = (columns[start : stop + 1] - columns[start]).exp()
+                of_left, of_right = left * of_row, right * of_column
+                minus_left, minus_right = -left, -right
                 lefts, rights = [], []
-                for step in reversed(range(start, min(start + _ITERATIONS_A_KERNEL, iterations))):
-                    left = (rows[step] - rows[start - 1]).exp()
-                    right, before = ((columns[s] - columns[start]).exp() for s in (step + 1, step))
-                    grad_log_columns += grad_columns
-                    weighted = right * of_column * grad_columns
-                    grad_rows = grad_rows - left * _times(kernel, weighted)
-                    lefts.append(left)
-                    rights.append(weighted)
-                    grad_log_rows += grad_rows
-                    weighted = left * of_row * grad_rows
-                    grad_columns = -before * _times(kernel.mT, weighted)
-                    lefts.append(weighted)
-                    rights.append(before)
-                    grad_rows = torch.zeros_like(grad_rows)
+                for step in reversed(range(stop - start)):
+                    all_grad_columns.append(grad_columns)
+                    rights.append(of_right[step + 1] * grad_columns)
+                    lefts.append(left[step])
+                    grad_rows = minus_left[step] * _times(kernel, rights[-1])
+                    if not all_grad_rows:
+                        grad_rows = grad_rows + grad_last_rows
+                    all_grad_rows.append(grad_rows)
+                    lefts.append(of_left[step] * grad_rows)
+                    rights.append(right[step])
+                    grad_columns = minus_right[step] * _times(kernel.mT, lefts[-1])
                 grad_costs -= kernel * (torch.stack(lefts, dim=2) @ torch.stack(rights, dim=1))
-        grad_log_columns += grad_columns
+        all_grad_columns.append(grad_columns)
         share = torch.softmax(costs + rows[0][:, :, None], dim=1) * grad_columns[:, None, :]
         grad_costs -= share
-        grad_rows = grad_rows - share.sum(2)
-        grad_log_rows += grad_rows
+        grad_rows = -share.sum(2)
+        if not all_grad_rows:  # one iteration
+            grad_rows = grad_rows + grad_last_rows
+        all_grad_rows.append(grad_rows)
         grad_costs -= torch.softmax(costs, dim=2) * grad_rows[:, :, None]
-        return grad_costs, grad_log_rows, grad_log_columns, None, None
+        return grad_costs, torch.stack(all_grad_rows).sum(0), torch.stack(all_grad_columns).sum(0), None, None
 
 
 def _kernel(costs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return (costs + rows[:, :, None]).add_(columns[:, None, :]).exp_()
 
 
-def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """(P, N, M) times (P, M) -> (P, N).
+def _times(matrices: Tensor, vectors: Tensor, plus: Tensor | None = None) -> Tensor:
+    """(P, N, M) times (P, M), plus (P, N) -> (P, N).
 
     CPUs are slow at batched products with vectors: one is multiplied as a matrix, of several the products are summed.
     """
     if matrices.device.type != "cpu":
-        return torch.einsum("pnm,pm->pn", matrices, vectors)
-    if len(matrices) == 1:
-        return (matrices[0] @ vectors[0])[None]
-    return (matrices * vectors[:, None, :]).sum(2)
+        if plus is None:
+            return torch.bmm(matrices, vectors[:, :, None])[:, :, 0]
+        return torch.baddbmm(plus[:, :, None], matrices, vectors[:, :, None])[:, :, 0]
+    alone = len(matrices) == 1
+    product = (matrices[0] @ vectors[0])[None] if alone else (matrices * vectors[:, None, :]).sum(2)
+    return product if plus is None else product + plus
 
 
-def _scaling(mass: Tensor, sums: Tensor) -> Tensor:
-    """What brings sums to the mass that is wanted; 1 for padding, whose sums are 0."""
-    return torch.where(sums > 0, mass / sums, 1.0)
+def _scaling_parts(mass: Tensor) -> tuple[Tensor, Tensor]:
+    """What is divided by sums to bring them to a mass, and what is added to the sums before.
+
+    The ratio is 1 for padding, whose mass and sums are 0, and never infinite.
+    """
+    padding = (mass <= 0).to(mass.dtype)
+    return mass + padding, padding + torch.finfo(mass.dtype).tiny
 
 
 def log_optimal_transport(
@@ -325,12 +337,12 @@ class _Swap:
 
     @classmethod
     def of(cls, keypoints: PackedKeypoints, pairs: int) -> _Swap:
-        first = keypoints.valid[:pairs].sum()
         rows = torch.arange(len(keypoints), device=keypoints.image.device)
-        order = torch.cat([rows[first:], rows[:first]])
+        order = (rows + keypoints.valid[:pairs].sum()) % max(len(keypoints), 1)
         swapped = PackedKeypoints(
             keypoints.positions[order],
             (keypoints.image[order] + pairs) % (2 * pairs),
+            keypoints.slot[order],
             torch.cat([keypoints.valid[pairs:], keypoints.valid[:pairs]]),
             keypoints.full,
         )

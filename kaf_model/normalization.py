@@ -119,14 +119,16 @@ class BatchNorm(nn.BatchNorm2d):
         self._check_input_dim(input)
         if self.training and is_distributed():
             return self._forward_joint(input)
-        values = input.numel() // input.shape[1]
+        own_statistics = self.training
+        if input.numel() // input.shape[1] < 2:
+            own_statistics = False
         return functional.batch_norm(
             input,
             self.running_mean,
             self.running_var,
             self.weight,
             self.bias,
-            training=self.training and values > 1,
+            training=own_statistics,
             momentum=self._share_of_batch,
             eps=self.eps,
         )
@@ -134,6 +136,8 @@ class BatchNorm(nn.BatchNorm2d):
     @property
     def _share_of_batch(self) -> float:
         """Share of a batch in the running statistics."""
+        if torch.compiler.is_compiling():  # compiled blocks are never recomputed
+            return self.momentum or 0.0
         return 0.0 if _recomputed.get() else self.momentum or 0.0
 
     def _forward_joint(self, input: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class PretrainingNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = build_encoder(model)
+        self.same_operations = self.encoder.same_operations
         num_kaf = len(self.encoder.kaf_layers)
         if config.weight_pcl:
             self.bottleneck_head = BottleneckHead(

@@ -129,6 +129,8 @@ class FeatureEncoder(nn.Module):
     """Channels of the bottleneck."""
     kaf_layers: nn.ModuleDict
     """The KAF layers by level, 1 the finest; empty where keypoints are not read."""
+    same_operations: bool = False
+    """Whether what is computed depends on the shape of the slices alone."""
 
 
 class Encoder(FeatureEncoder):
@@ -162,6 +164,7 @@ class Encoder(FeatureEncoder):
             channels_in = 2 * channels if has_kaf or self.duplicate else channels
             self.widths.append(channels_in)
             self.decoder_widths.append(channels_in if config.decoder == "wide" else channels)
+        self.same_operations = not self.kaf_layers
         self.bottleneck_width = 2 * self.decoder_widths[-1]
         self.pool: nn.Module = Halve()
         self.centre = nn.Sequential(
@@ -291,4 +294,6 @@ def pack_inputs(images: Tensor, keypoints: Tensor | None, valid: Tensor | None) 
         raise ValueError(
             f"valid must be bool {tuple(keypoints.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}"
         )
+    if not valid.numel():
+        return PackedKeypoints.none(len(images), images.device)
     return PackedKeypoints.from_padded(keypoints, valid)

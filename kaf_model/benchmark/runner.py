@@ -106,8 +106,8 @@ def run_benchmark(
         UserError: If plan and data do not fit, or the folder holds runs with other settings.
     """
     cohort, runs = plan_runs(plan, data, only)
-    for run in all_runs(plan, cohort):
-        RunFolder(output / run.folder).check(run.config())
+    for each in all_runs(plan, cohort):
+        RunFolder(output / each.folder).check(each.config())
     folders = {run.folder: RunFolder(output / run.folder) for run in runs}
     fabric = fabric or make_fabric(device)
     if fabric.world_size > 1:

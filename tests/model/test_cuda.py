@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kaf_model import attention
+from kaf_model.attention import PackedKeypoints, attend_packed, attend_padded
 from kaf_model.checkpoint import load_model
 from kaf_model.config import (
     FinetuneConfig,
@@ -20,9 +22,9 @@ from kaf_model.config import (
     PseudoLabelConfig,
     SliceConfig,
 )
-from kaf_model.datasets import PretrainingPairs
-from kaf_model.engine import has_bfloat16
-from kaf_model.finetune import finetune
+from kaf_model.datasets import LabelledBatch, PretrainingPairs, Views
+from kaf_model.engine import channels_last, has_bfloat16
+from kaf_model.finetune import FinetuningNetwork, finetune
 from kaf_model.inference import InferenceNetwork
 from kaf_model.labels import LabelledVolume, SliceStatus
 from kaf_model.matching import log_optimal_transport
@@ -31,6 +33,7 @@ from kaf_model.preparation import prepare_volumes
 from kaf_model.presets import PresetName
 from kaf_model.pretrain import PretrainingNetwork, pretrain
 from kaf_model.progress import Progress
+from kaf_model.replay import GradientReplay
 from kaf_model.segment import segment_volume
 from kaf_model.unet import build_network
 from kaf_model.volume import Volume
@@ -123,11 +126,13 @@ def test_losses_and_gradients_of_the_pretraining_agree() -> None:
     there["total"].backward()
     for name, loss in here.items():
         torch.testing.assert_close(there[name].cpu(), loss.detach(), atol=1e-3, rtol=1e-3)
+    largest = max(gradient.norm() for gradient in gradients.values())
     for name, parameter in network.named_parameters():
         if name in gradients:
             assert parameter.grad is not None
             miss = (parameter.grad.cpu() - gradients[name]).norm()
-            assert miss <= 0.05 * gradients[name].norm() + 1e-3, name
+            # Those of biases before a normalisation are nothing but rounding.
+            assert miss <= 0.05 * gradients[name].norm() + 1e-3 * largest, name
 
 
 def test_transport_is_the_same() -> None:
@@ -139,6 +144,90 @@ def test_transport_is_the_same() -> None:
     there = log_optimal_transport(*parts, iterations=50).cpu()
     both = valid0[:, :, None] & valid1[:, None, :]
     torch.testing.assert_close(there[:, :-1, :-1][both], here[:, :-1, :-1][both], atol=1e-3, rtol=1e-3)
+
+
+def test_packed_attention_is_padded_attention() -> None:
+    assert attention.varlen_attn is not None
+    generator = torch.Generator("cuda").manual_seed(0)
+    positions = torch.rand(5, 70, 2, device="cuda", generator=generator)
+    counts, others = torch.tensor([70, 3, 0, 41, 8]), torch.tensor([12, 0, 70, 41, 1])
+    layouts = [
+        PackedKeypoints.from_padded(positions, torch.arange(70, device="cuda") < some[:, None].cuda())
+        for some in (counts, others)
+    ]
+    for here, there in (layouts, layouts[::-1], layouts[:1] * 2):
+        rows = [
+            torch.randn(len(layout), 32, device="cuda", generator=generator).bfloat16().requires_grad_()
+            for layout in (here, there, there)
+        ]
+        wanted = torch.randn(len(here), 32, device="cuda", generator=generator).bfloat16()
+        found = []
+        for way in (attend_padded, attend_packed):
+            attended = way(*rows, here, there, heads=4)
+            found.append([attended, *torch.autograd.grad(attended, rows, wanted)])
+        for padded, packed in zip(*found, strict=True):
+            torch.testing.assert_close(packed, padded, atol=0.03, rtol=0.03)
+
+
+def test_replayed_gradients_are_those_of_the_network() -> None:
+    torch.manual_seed(0)
+    network = FinetuningNetwork(
+        build_network(ModelConfig(architecture="unet", start_channels=8)), FinetuneConfig()
+    ).cuda()
+    assert network.same_operations
+    channels_last(network)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    replay = GradientReplay(network, lambda: torch.autocast("cuda", torch.bfloat16))
+    for seed, side in ((0, 64), (1, 64), (2, 96), (3, 64)):
+        generator = torch.Generator().manual_seed(seed)
+        views = Views(
+            torch.randn(3, 1, side, side, generator=generator).cuda(),
+            torch.zeros(3, 0, 2, device="cuda"),
+            torch.zeros(3, 0, dtype=torch.bool, device="cuda"),
+        )
+        batch = LabelledBatch(views, torch.randint(2, (3, side, side), generator=generator).cuda())
+        network.load_state_dict(before)
+        losses = replay(batch)
+        assert losses is not None
+        replayed = {name: loss.clone() for name, loss in losses.items()}
+        gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+        statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        network.zero_grad(set_to_none=True)
+        network.load_state_dict(before)
+        with torch.autocast("cuda", torch.bfloat16):
+            expected = network(batch)
+        expected["total"].backward()
+        for name, loss in expected.items():
+            torch.testing.assert_close(replayed[name], loss.detach(), atol=1e-3, rtol=1e-3)
+        largest = max(gradient.norm() for gradient in gradients.values())
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None
+            miss = (parameter.grad - gradients[name]).norm()
+            assert miss <= 0.02 * gradients[name].norm() + 2e-3 * largest, name
+        for name, buffer in network.named_buffers():
+            torch.testing.assert_close(statistics[name], buffer, atol=1e-3, rtol=1e-3)
+        network.zero_grad(set_to_none=True)
+
+
+def test_compiled_blocks_give_the_same() -> None:
+    from kaf_model.compiling import compile_blocks
+
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        network = build_network(SMALL).cuda()
+        channels_last(network)
+        if compiled:
+            compile_blocks(network)
+        batch = [part.cuda() for part in inputs(4, 60, 64)]
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = network(*batch).float().square().mean()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)])
+    torch.testing.assert_close(results[1][0], results[0][0], atol=0.01, rtol=0.02)
+    largest = max(gradient.norm() for gradient in results[0][1:])
+    for compiled_one, plain in zip(results[1][1:], results[0][1:], strict=True):
+        assert (compiled_one - plain).norm() <= 0.1 * plain.norm() + 0.02 * largest
 
 
 @pytest.mark.parametrize("preset", ["small", "base"])

@@ -93,7 +93,9 @@ def test_a_layer_step_by_step():
     ).eval()
     features = torch.randn(2, 4, H, W)  # of slices of 24 x 32
     keypoints = keypoints_of([9, 4])
-    keypoints = PackedKeypoints(keypoints.positions * 2, keypoints.image, keypoints.valid, keypoints.full)
+    keypoints = PackedKeypoints(
+        keypoints.positions * 2, keypoints.image, keypoints.slot, keypoints.valid, keypoints.full
+    )
     fused, embeddings = layer(features, keypoints)
 
     rows = []

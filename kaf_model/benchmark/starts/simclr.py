@@ -39,6 +39,7 @@ class SimCLRNetwork(nn.Module):
         super().__init__()
         self.temperature = training.temperature
         self.encoder = build_encoder(model)
+        self.same_operations = self.encoder.same_operations
         self.head = BottleneckHead(
             self.encoder.bottleneck_width,
             projection_width=training.projection_width,
