@@ -211,23 +211,17 @@ def pair_batch(shape: Shape, device: torch.device) -> PretrainingBatch:
 def trainers(
     make: Callable[[], nn.Module], config: PretrainConfig | FinetuneConfig, device: str
 ) -> list[Trainer]:
-    """A trainer of our path, one of the plain path, one that recomputes, and on a GPU one that compiles.
-
-    Their networks start alike.
-    """
-    made = []
-    ways = [("auto", {}), ("float32", {}), ("auto", {"recompute": True})]
-    if device == "cuda":
-        ways.append(("auto", {"compile": True}))
-    for precision, changes in ways:
+    """A trainer of our path, one of the plain path, and one that recomputes, of networks that start alike."""
+    all_three = []
+    for precision, recompute in (("auto", False), ("float32", False), ("auto", True)):
         torch.manual_seed(0)
         module = make()
         groups = [{"params": list(module.parameters()), "rate": 1.0}]
         fabric = make_fabric(device, precision=precision)
-        settings = config.override(**changes)
-        made.append(Trainer(module, settings, fabric=fabric, groups=groups, slices_per_epoch=1000))
-    made[1].raw_module.to(memory_format=torch.contiguous_format)
-    return made
+        settings = config.override(recompute=recompute)
+        all_three.append(Trainer(module, settings, fabric=fabric, groups=groups, slices_per_epoch=1000))
+    all_three[1].raw_module.to(memory_format=torch.contiguous_format)
+    return all_three
 
 
 def pretraining_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
@@ -235,7 +229,7 @@ def pretraining_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
     model = ModelConfig.preset(shape.preset)
     config = PretrainConfig.preset(shape.preset, batch_size=shape.pairs, epochs=None, steps=10**6)
     network = partial(PretrainingNetwork, model, config)
-    ours, plain, *others = trainers(network, config, clock.device.type)
+    ours, plain, recomputing = trainers(network, config, clock.device.type)
     batch, pairs = pair_batch(shape, clock.device), shape.pairs
     yield clock.row("forward, a pair", lambda: ours.module(batch), lambda: plain.module(batch), pairs)
     yield clock.row(
@@ -246,7 +240,7 @@ def pretraining_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
     )
     yield clock.row("matching loss, a pair", matching(ours, batch), matching(plain, batch), pairs)
     yield clock.row("optimiser, a step", lambda: optimise(ours), lambda: optimise(plain))
-    yield from step_rows(clock, "pretraining step, a pair", [ours, plain, *others], batch, pairs)
+    yield from step_rows(clock, "pretraining step, a pair", [ours, plain, recomputing], batch, pairs)
 
 
 def networks(preset: PresetName) -> dict[str, ModelConfig]:
@@ -265,34 +259,31 @@ def finetuning_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
     tuning = FinetuneConfig.preset(shape.preset, epochs=None, steps=10**6)
     for name, kind in networks(shape.preset).items():
         make = partial(lambda kind: FinetuningNetwork(build_network(kind), tuning), kind)
-        made = trainers(make, tuning, clock.device.type)
+        three = trainers(make, tuning, clock.device.type)
         labels = torch.randint(kind.num_classes, (10, shape.side, shape.side), device=clock.device)
         labelled = LabelledBatch(views(shape, 10, clock.device), labels)
-        yield from step_rows(clock, f"finetuning step, {name}, ten slices", made, labelled)
+        yield from step_rows(clock, f"finetuning step, {name}, ten slices", three, labelled)
 
 
 def step_rows(
-    clock: Clock, stage: str, made: list[Trainer], batch: PretrainingBatch | LabelledBatch, per: int = 1
+    clock: Clock, stage: str, three: list[Trainer], batch: PretrainingBatch | LabelledBatch, per: int = 1
 ) -> Iterator[Row]:
-    """Whole steps on one batch by all of `trainers`."""
-    own, plain, *others = (
-        partial(next, trainer.run(lambda _step, _parts: [batch], stage="timing")) for trainer in made
+    """Whole steps on one batch, keeping activations and recomputing them."""
+    own, plain, recomputing = (
+        partial(next, trainer.run(lambda _step, _parts: [batch], stage="timing")) for trainer in three
     )
 
     def unreplayed() -> None:
-        replay, made[0]._replay = made[0]._replay, None
+        replay, three[0]._replay = three[0]._replay, None
         own()
-        made[0]._replay = replay
+        three[0]._replay = replay
 
     kept = clock.row(stage, own, plain, per, counted=unreplayed)
     yield kept
-    for step, name in zip(others, ("recomputing", "compiled"), strict=False):
-        first, *times = [clock.once(step) for _ in range(2 + clock.repeats)]
-        memory = (peak_bytes(step, clock.device), kept.memory and kept.memory[1])
-        seconds = statistics.median(times[1:]) / per
-        yield replace(kept, stage=f"{stage}, {name}", ours=seconds, memory=memory)
-        if name == "compiled":
-            yield Row(f"{stage}, {name}: the first step", first)
+    times = [clock.once(recomputing) for _ in range(1 + clock.repeats)]
+    memory = (peak_bytes(recomputing, clock.device), kept.memory and kept.memory[1])
+    seconds = statistics.median(times[1:]) / per
+    yield replace(kept, stage=f"{stage}, recomputing", ours=seconds, memory=memory)
 
 
 def optimise(trainer: Trainer) -> None:

@@ -481,12 +481,7 @@ class AttentionBlock(nn.Module):
             width = self.width
             query = functional.linear(embeddings, weight[:width], bias[:width])
             key, value = functional.linear(source, weight[width:], bias[width:]).chunk(2, dim=-1)
-        attended = attend(query, key, value, keypoints, source_keypoints, heads=self.heads)
-        return self.update(embeddings, attended)
-
-    def update(self, embeddings: Tensor, attended: Tensor) -> Tensor:
-        """What becomes of keypoints (T, E) by what they attended to (T, E)."""
-        message = self.merge(attended)
+        message = self.merge(attend(query, key, value, keypoints, source_keypoints, heads=self.heads))
         update: Tensor = self.mlp(torch.cat([embeddings.to(message.dtype), message], dim=-1))
         return embeddings + update
 

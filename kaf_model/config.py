@@ -284,11 +284,6 @@ class TrainingConfig(Settings):
         description="Compute activations again in the backward pass instead of keeping them (activation "
         "checkpointing): less memory, a third more time, the same result.",
     )
-    compile: bool = Field(
-        False,
-        description="Compile the blocks of the network for the GPU (torch.compile): faster steps after about a minute, "
-        "so for long trainings; the same result but for rounding.",
-    )
     checkpoint_every: float = Field(
         60.0, gt=0, description="Seconds between checkpoints written while training."
     )

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.utils._triton import has_triton
 
 from kaf_model.checkpoint import load_header, load_tensors, save_tensors
 from kaf_model.checkpointing import checkpoint_activations
@@ -132,13 +131,6 @@ def make_optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torc
     return kind(scaled, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
-def _check_compilable(fabric: Fabric, config: TrainingConfig) -> None:
-    if fabric.device.type != "cuda" or not has_triton():
-        raise UserError("compile=true needs an NVIDIA GPU and Triton, which are not both here; leave it out")
-    if config.recompute or fabric.world_size > 1:
-        raise UserError("compile=true goes neither with recompute=true nor with several processes")
-
-
 def learning_rate_factor(config: TrainingConfig, fraction: float) -> float:
     """Linear warm-up, then a cosine from 1 to the floor, at a fraction 0..1 of the training."""
     if fraction < config.warmup:
@@ -196,11 +188,6 @@ class Trainer:
             raise UserError(
                 "recompute=true does nothing in this network, which has no block that it is made for"
             )
-        if config.compile:
-            _check_compilable(fabric, config)
-            from kaf_model.compiling import compile_blocks  # what it needs takes seconds to import
-
-            compile_blocks(module)
         self.module, self.optimizer = fabric.setup(module, make_optimizer(config, groups))
         alone = fabric.device.type == "cuda" and fabric.world_size == 1 and not config.recompute
         self._replay = None

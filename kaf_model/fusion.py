@@ -80,11 +80,8 @@ class KafLayer(nn.Module):
         self, embeddings: Tensor, cells: Tensor, keypoints: PackedKeypoints, size: tuple[int, int]
     ) -> Tensor:
         """Scatter keypoint features (T, E) into an empty map at their cells (T, 2) and diffuse it: (B, C, H, W)."""
-        return self.diffuse(keypoint_convolution(self.diffusion[0], embeddings, cells, keypoints, size))
-
-    def diffuse(self, narrow: Tensor) -> Tensor:
-        """The second half of the diffusion, (B, D, H, W) -> (B, C, H, W)."""
-        _, normalise, activate, second = self.diffusion
+        first, normalise, activate, second = self.diffusion
+        narrow = keypoint_convolution(first, embeddings, cells, keypoints, size)
         diffused: Tensor = second(activate(normalise(narrow)))
         return diffused
 

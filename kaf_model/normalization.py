@@ -119,16 +119,14 @@ class BatchNorm(nn.BatchNorm2d):
         self._check_input_dim(input)
         if self.training and is_distributed():
             return self._forward_joint(input)
-        own_statistics = self.training
-        if input.numel() // input.shape[1] < 2:
-            own_statistics = False
+        values = input.numel() // input.shape[1]
         return functional.batch_norm(
             input,
             self.running_mean,
             self.running_var,
             self.weight,
             self.bias,
-            training=own_statistics,
+            training=self.training and values > 1,
             momentum=self._share_of_batch,
             eps=self.eps,
         )
@@ -136,8 +134,6 @@ class BatchNorm(nn.BatchNorm2d):
     @property
     def _share_of_batch(self) -> float:
         """Share of a batch in the running statistics."""
-        if torch.compiler.is_compiling():  # compiled blocks are never recomputed
-            return self.momentum or 0.0
         return 0.0 if _recomputed.get() else self.momentum or 0.0
 
     def _forward_joint(self, input: Tensor) -> Tensor:
