@@ -56,6 +56,7 @@ from kaf_model.phantom import make_heart
 from kaf_model.preparation import LabelledSlice
 from kaf_model.presets import PresetName
 from kaf_model.pretrain import PretrainingNetwork
+from kaf_model.segment import slices_at_once
 from kaf_model.unet import build_network
 
 
@@ -309,17 +310,18 @@ def matching(trainer: Trainer, batch: PretrainingBatch) -> Callable[[], object]:
 
 
 def inference_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
-    """Inference, a slice of a batch of eight."""
+    """Inference, a slice of a batch as large as it is unless told otherwise."""
+    size = slices_at_once(clock.device)
     for name, kind in networks(shape.preset).items():
         network = build_network(kind).to(clock.device).eval()
-        folded, batch = InferenceNetwork(network), views(shape, 8, clock.device)
+        folded, batch = InferenceNetwork(network), views(shape, size, clock.device)
         first = Views(batch.images.contiguous(), *batch[1:])
 
         def plain(network: nn.Module = network, first: Views = first) -> None:
             with torch.inference_mode():
                 network(*first)
 
-        yield clock.row(f"inference, {name}, a slice", partial(folded, *batch), plain, 8)
+        yield clock.row(f"inference, {name}, a slice", partial(folded, *batch), plain, size)
 
 
 def data_rows(clock: Clock, shape: Shape) -> list[Row]:

@@ -6,7 +6,7 @@ Settings come in layers, a later one over an earlier: preset, `--config` file, `
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +16,7 @@ from kaf_model.cli_options import one_of
 from kaf_model.config import KAF_FIELDS, ModelConfig, Recipe, Settings
 from kaf_model.errors import UserError
 from kaf_model.presets import PRESETS, PresetName
-from kaf_model.settings_layers import layered_recipe, merge_settings
+from kaf_model.settings_layers import layered_recipe
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,24 @@ class ChosenSettings:
     Attributes:
         preset: What they were laid over.
         recipe: The settings.
-        explicit: Values given beside the preset: section -> field -> value.
+        layers: What was given beside the preset, section -> field -> value each; a later one counts more.
+        gpu: Whether an NVIDIA GPU trains, for which a preset may say something else.
     """
 
     preset: PresetName
     recipe: Recipe
-    explicit: Mapping[str, Mapping[str, Any]]
+    layers: Sequence[Mapping[str, Any]]
+    gpu: bool = False
+
+    def on_a_gpu(self) -> ChosenSettings:
+        """The same where an NVIDIA GPU trains."""
+        return replace(self, recipe=layered_recipe(self.preset, self.layers, gpu=True), gpu=True)
 
     def asked_for(self, section: str) -> dict[str, Any]:
         """The validated values of the fields of a section that were asked for."""
         settings = getattr(self.recipe, section)
-        return {name: getattr(settings, name) for name in self.explicit.get(section, {})}
+        names = dict.fromkeys(name for layer in self.layers for name in layer.get(section, {}))
+        return {name: getattr(settings, name) for name in names}
 
     def fresh_model(self) -> ModelConfig:
         """The architecture of a finetuning from random weights, see `ModelConfig.fresh`.
@@ -46,7 +53,7 @@ class ChosenSettings:
         asked = self.asked_for("model")
         if asked.keys() & KAF_FIELDS:
             return self.recipe.model
-        return ModelConfig.fresh(self.preset, **asked)
+        return ModelConfig.fresh(self.preset, gpu=self.gpu, **asked)
 
 
 def choose_settings(
@@ -77,11 +84,7 @@ def choose_settings(
             for section, fields in (options or {}).items()
         }
     )
-    recipe = layered_recipe(name, layers)
-    explicit: dict[str, Any] = {}
-    for layer in layers:
-        merge_settings(explicit, layer)
-    return ChosenSettings(name, recipe, explicit)
+    return ChosenSettings(name, layered_recipe(name, layers), layers)
 
 
 def preset_name(name: str | None) -> PresetName:

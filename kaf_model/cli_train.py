@@ -165,6 +165,8 @@ def finetune(
     _check_interrupted(output, resume)
     out = Output()
     fabric = _fabric(device, precision)
+    if fabric.device.type == "cuda":
+        chosen = chosen.on_a_gpu()
     origin = load_checkpoint(start) if start is not None else None
     model: ModelConfig | None = chosen.fresh_model()
     if origin is not None:

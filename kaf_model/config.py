@@ -169,14 +169,19 @@ class ModelConfig(Settings):
         return cls.model_validate({**preset_values("model", name), **overrides})
 
     @classmethod
-    def fresh(cls, name: PresetName, **overrides: Any) -> ModelConfig:
+    def fresh(cls, name: PresetName, *, gpu: bool = False, **overrides: Any) -> ModelConfig:
         """Return the architecture that a finetuning from random weights takes unless told otherwise.
 
-        That of the preset, but for `small` the plain UNet with half of its channels: from random weights it is ahead
-        in a few minutes on two cores (see the results in the README). Another `architecture` is as wide as the preset
+        That of the preset, but for `small` the plain UNet: from random weights it is ahead in a few minutes (see the
+        results in the README), on CPUs with half of the channels. Another `architecture` is as wide as the preset
         says.
+
+        Args:
+            name: A preset.
+            gpu: Whether an NVIDIA GPU trains.
+            **overrides: Fields to replace.
         """
-        fresh = preset_values("fresh", name)
+        fresh = preset_values("fresh", name, gpu=gpu)
         if overrides.get("architecture", fresh.get("architecture")) != fresh.get("architecture"):
             fresh = {}
         return cls.preset(name, **{**fresh, **overrides})
@@ -373,6 +378,12 @@ class PseudoLabelConfig(Settings):
         description="Soft Dice on the slices it learns from (if the loss has it) from which on the model is good "
         "enough to label others: of one that is not, it would learn its mistakes.",
     )
+    least_found: float = Field(
+        0.25,
+        ge=0,
+        description="What has to be found of each structure, on average over the slices of a volume, as a part of what "
+        "completely labelled slices show of it: a volume in which the model finds less teaches it to find nothing.",
+    )
     slices: int = Field(
         200,
         gt=0,
@@ -437,15 +448,17 @@ class FinetuneConfig(TrainingConfig):
         return self
 
     @classmethod
-    def preset(cls, name: PresetName, **overrides: Any) -> FinetuneConfig:
-        """Return the named finetuning settings, any field overridden by keyword."""
-        return cls.model_validate({**preset_values("finetune", name), **overrides})
+    def preset(cls, name: PresetName, *, gpu: bool = False, **overrides: Any) -> FinetuneConfig:
+        """Return the named finetuning settings, on an NVIDIA GPU perhaps others, any field overridden by keyword."""
+        return cls.model_validate({**preset_values("finetune", name, gpu=gpu), **overrides})
 
 
 class SegmentConfig(Settings):
     """How a trained model is applied to a volume."""
 
-    batch_size: int = Field(8, gt=0, description="Slices a forward pass.")
+    batch_size: int | None = Field(
+        None, gt=0, description="Slices a forward pass; none takes 8, on an NVIDIA GPU 32."
+    )
     flips: bool = Field(False, description="Average over mirrored copies of each slice (4 times the work).")
     largest_component: Literal["learned", "all", "none"] = Field(
         "learned",
@@ -482,6 +495,6 @@ class Recipe(Settings):
     segment: SegmentConfig = Field(default_factory=SegmentConfig, description="Segmentation.")
 
     @classmethod
-    def preset(cls, name: PresetName) -> Recipe:
-        """Return every setting of a named preset."""
-        return cls.model_validate({part: preset_values(part, name) for part in cls.model_fields})
+    def preset(cls, name: PresetName, *, gpu: bool = False) -> Recipe:
+        """Return every setting of a named preset, on an NVIDIA GPU perhaps others."""
+        return cls.model_validate({part: preset_values(part, name, gpu=gpu) for part in cls.model_fields})

@@ -166,7 +166,14 @@ def finetune(
             cache=cache,
         )
     one_piece = values_in_one_piece(cases)
-    pseudo = PseudoLabels(pool, classes, training.pseudo_labels, one_piece=one_piece, seed=training.seed)
+    pseudo = PseudoLabels(
+        pool,
+        classes,
+        training.pseudo_labels,
+        one_piece=one_piece,
+        labelled=[item.labels for item in learnt],
+        seed=training.seed,
+    )
 
     torch.manual_seed(training.seed)
     network = build_network(config)

@@ -27,15 +27,21 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
 """Named ranges of the augmentation."""
 
 
-def preset_values(part: str, name: str) -> dict[str, Any]:
+def preset_values(part: str, name: str, *, gpu: bool = False) -> dict[str, Any]:
     """Return what a preset says of a section; "fresh" is what it changes of "model" for a finetuning without a start.
+
+    Args:
+        part: The section.
+        name: The preset.
+        gpu: Whether an NVIDIA GPU trains, for which some presets say something else.
 
     Raises:
         ValueError: If there is no such preset.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return _PRESETS[name].get(part, {})
+    values: dict[str, Any] = _PRESETS[name].get(part, {})
+    return {**values, **_ON_A_GPU.get(name, {}).get(part, {})} if gpu else values
 
 
 _PUBLISHED_MODEL = {
@@ -134,4 +140,9 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "segment": _PUBLISHED_SEGMENT,
     },
+}
+
+# Small networks, batches and crops are for CPUs: a GPU takes as long for larger ones, which learn more in a step.
+_ON_A_GPU: dict[str, dict[str, dict[str, Any]]] = {
+    "small": {"fresh": {"start_channels": 16}, "finetune": {"batch_size": 12, "early_crop": None}},
 }

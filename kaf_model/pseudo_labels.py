@@ -36,12 +36,10 @@ from kaf_model.preparation import (
 )
 from kaf_model.progress import Progress
 from kaf_model.propagation import Propagation, propagate
-from kaf_model.segment import in_batches, predict_slices
+from kaf_model.segment import in_batches, predict_slices, slices_at_once
 from kaf_model.slices import Slices
 from kaf_model.volume import Unreadable, Volume, scan_volumes
 from kaf_model.volume_queue import VolumeFiles
-
-_SLICES_A_PASS = 8
 
 USES = 5
 """How often a pseudo-labelled slice is learnt from, on average, before it is labelled anew; or more often."""
@@ -144,6 +142,7 @@ class PseudoLabels:
         classes: Channels.
         config: When, how many, how sure.
         one_piece: Label values of which only the largest piece of a prediction is believed.
+        labelled: (H, W) channels of the labelled slices, or IGNORED.
         seed: Of the choice of volumes.
     """
 
@@ -154,9 +153,12 @@ class PseudoLabels:
         config: PseudoLabelConfig,
         *,
         one_piece: frozenset[int],
+        labelled: Sequence[NDArray[np.int64]] = (),
         seed: int,
     ) -> None:
         self.config = config
+        complete = [channels for channels in labelled if (channels != IGNORED).all()]
+        self._least_found = config.least_found * _sizes(complete, len(classes))
         self.slices: list[LabelledSlice] = []
         self.round = 0
         self._due = config.start
@@ -165,7 +167,7 @@ class PseudoLabels:
         self.num_free = sum(len(volume.free) for volume in self._pool)
         self._one_piece = [channel for channel, value in enumerate(classes.values) if int(value) in one_piece]
         self._seed = seed
-        self._at_once = _SLICES_A_PASS
+        self._at_once: int | None = None
         self._labels: dict[int, NDArray[np.int16]] = {}
 
     def is_due(self, fraction: float, dice: float) -> bool:
@@ -207,12 +209,15 @@ class PseudoLabels:
             prepared = self._pool[index].prepared
             parts = []
             work = partial(self._predict, self._pool[index], network=network, device=device)
-            for batch, found, size in in_batches(len(prepared), self._at_once, work):
+            at_once = self._at_once or slices_at_once(device)
+            for batch, found, size in in_batches(len(prepared), at_once, work):
                 self._at_once = size
                 parts.append(found)
                 done += batch.stop - batch.start
                 yield done, total
-            labels[index] = self._settle(self._pool[index], np.concatenate(parts))
+            found = self._settle(self._pool[index], np.concatenate(parts))
+            if self._believed(self._pool[index], found):
+                labels[index] = found
         self._take(labels)
         self.round += 1
         while self._due <= fraction:
@@ -254,6 +259,12 @@ class PseudoLabels:
         keep_largest_components(labels, self._one_piece, fill=IGNORED)
         return labels
 
+    def _believed(self, volume: UnlabelledVolume, labels: NDArray[np.int16]) -> bool:
+        """Whether enough was found of each structure; always where a person finished slices of the volume."""
+        if volume.propagation is not None:
+            return True
+        return bool((_sizes(labels, len(self._least_found)) >= self._least_found).all())
+
     def _take(self, labels: dict[int, NDArray[np.int16]]) -> None:
         self._labels = labels
         self.slices = []
@@ -268,6 +279,14 @@ class PseudoLabels:
                     self.slices.append(
                         LabelledSlice(prepared.images[row], prepared.keypoints[row].positions, channels)
                     )
+
+
+def _sizes(
+    slices: Sequence[NDArray[np.integer]] | NDArray[np.integer], num_channels: int
+) -> NDArray[np.float64]:
+    """Mean pixels a slice of each channel, that of the background as 0; zeros without slices."""
+    counts = [np.bincount(channels[channels > 0], minlength=num_channels) for channels in slices]
+    return np.mean(counts, axis=0) if counts else np.zeros(num_channels)
 
 
 def _others(

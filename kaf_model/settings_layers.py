@@ -17,7 +17,7 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 BUDGETS = ("steps", "epochs", "time_budget")
 
 
-def layered_recipe(preset: PresetName, layers: Sequence[Mapping[str, Any]]) -> Recipe:
+def layered_recipe(preset: PresetName, layers: Sequence[Mapping[str, Any]], *, gpu: bool = False) -> Recipe:
     """Lay settings over those of a preset.
 
     A layer that gives a training budget (steps, epochs or time) replaces all budgets of the layers below,
@@ -26,11 +26,12 @@ def layered_recipe(preset: PresetName, layers: Sequence[Mapping[str, Any]]) -> R
     Args:
         preset: Name of a preset.
         layers: Section -> field -> value each; a later one counts more.
+        gpu: Whether an NVIDIA GPU trains, for which a preset may say something else.
 
     Raises:
         UserError: On an unknown key or a value that does not fit, naming it.
     """
-    tree = Recipe.preset(preset).model_dump()
+    tree = Recipe.preset(preset, gpu=gpu).model_dump()
     for layer in layers:
         _check_keys(layer, Recipe)
         for section, fields in layer.items():

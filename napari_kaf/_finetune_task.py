@@ -196,11 +196,19 @@ def _training(request: FinetuneRequest) -> FinetuneConfig:
 
     return FinetuneConfig.preset(
         request.preset,  # type: ignore[arg-type]
+        gpu=_has_gpu(request),
         steps=None,
         epochs=None,
         time_budget=request.seconds,
         holdout=0.25 if request.hold_out else 0.0,
     )
+
+
+def _has_gpu(request: FinetuneRequest) -> bool:
+    """Whether an NVIDIA GPU will train."""
+    from kaf_model.engine import choose_device
+
+    return choose_device(request.device).type == "cuda"
 
 
 def _origin(request: FinetuneRequest) -> dict[str, Any]:
@@ -210,7 +218,11 @@ def _origin(request: FinetuneRequest) -> dict[str, Any]:
     if request.start is not None:
         return {"config": None, "start": load_checkpoint(request.start)}
     recipe = Recipe.preset(request.preset)  # type: ignore[arg-type]
-    model = ModelConfig.fresh(request.preset, architecture=request.architecture)  # type: ignore[arg-type]
+    model = ModelConfig.fresh(
+        request.preset,  # type: ignore[arg-type]
+        gpu=_has_gpu(request),
+        architecture=request.architecture,
+    )
     return {"config": model, "slices": recipe.slices, "keypoints": recipe.keypoints}
 
 

@@ -475,6 +475,20 @@ def test_what_a_finetuning_without_a_start_takes(given, architecture, channels) 
     assert chosen.fresh_model() == expected
 
 
+def test_a_gpu_gets_larger_networks_and_batches_unless_told_otherwise() -> None:
+    chosen = choose_settings(assignments=["finetune.steps=7"], options={"finetune": {"time_budget": 60.0}})
+    there = chosen.on_a_gpu()
+    assert there.fresh_model() == chosen.fresh_model().override(start_channels=16)
+    assert there.recipe.finetune == chosen.recipe.finetune.override(batch_size=12, early_crop=None)
+    assert there.recipe.finetune.steps is None  # the later budget replaces the one before
+    assert there.recipe.pretrain == chosen.recipe.pretrain
+    told = ["finetune.batch_size=2", "finetune.early_crop=32,32", "model.start_channels=4"]
+    stubborn = choose_settings(assignments=told)
+    assert stubborn.on_a_gpu().recipe == stubborn.recipe
+    assert stubborn.on_a_gpu().fresh_model() == stubborn.fresh_model()
+    assert choose_settings("base").on_a_gpu().recipe == choose_settings("base").recipe
+
+
 def test_none_is_a_word_for_some_settings(kaf: Kaf) -> None:
     assert "largest_component: none" in kaf("settings", "--set", "segment.largest_component=none").out
     assert kaf("settings").out.startswith("# Keep only the lines that you change")

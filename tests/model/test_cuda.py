@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +169,32 @@ def test_packed_attention_is_padded_attention() -> None:
             torch.testing.assert_close(packed, padded, atol=0.03, rtol=0.03)
 
 
+Found = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+
+
 def test_replayed_gradients_are_those_of_the_network() -> None:
     torch.manual_seed(0)
-    network = FinetuningNetwork(
-        build_network(ModelConfig(architecture="unet", start_channels=8)), FinetuneConfig()
-    ).cuda()
-    assert network.same_operations
+    model = ModelConfig(architecture="unet", start_channels=8)
+    network = FinetuningNetwork(build_network(model), FinetuneConfig()).cuda()
     channels_last(network)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     replay = GradientReplay(network, lambda: torch.autocast("cuda", torch.bfloat16))
+
+    def computed(batch: LabelledBatch) -> dict[str, Tensor]:
+        with torch.autocast("cuda", torch.bfloat16):
+            losses: dict[str, Tensor] = network(batch)
+        losses["total"].backward()
+        return losses
+
+    def found(work: Callable[[LabelledBatch], dict[str, Tensor] | None], batch: LabelledBatch) -> Found:
+        network.zero_grad(set_to_none=True)
+        network.load_state_dict(before)
+        losses = work(batch)
+        assert losses is not None
+        gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+        statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        return {name: loss.detach().clone() for name, loss in losses.items()}, gradients, statistics
+
     for seed, side in ((0, 64), (1, 64), (2, 96), (3, 64)):
         generator = torch.Generator().manual_seed(seed)
         views = Views(
@@ -186,27 +203,10 @@ def test_replayed_gradients_are_those_of_the_network() -> None:
             torch.zeros(3, 0, dtype=torch.bool, device="cuda"),
         )
         batch = LabelledBatch(views, torch.randint(2, (3, side, side), generator=generator).cuda())
-        network.load_state_dict(before)
-        losses = replay(batch)
-        assert losses is not None
-        replayed = {name: loss.clone() for name, loss in losses.items()}
-        gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
-        statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        network.zero_grad(set_to_none=True)
-        network.load_state_dict(before)
-        with torch.autocast("cuda", torch.bfloat16):
-            expected = network(batch)
-        expected["total"].backward()
-        for name, loss in expected.items():
-            torch.testing.assert_close(replayed[name], loss.detach(), atol=1e-3, rtol=1e-3)
-        largest = max(gradient.norm() for gradient in gradients.values())
-        for name, parameter in network.named_parameters():
-            assert parameter.grad is not None
-            miss = (parameter.grad - gradients[name]).norm()
-            assert miss <= 0.02 * gradients[name].norm() + 2e-3 * largest, name
-        for name, buffer in network.named_buffers():
-            torch.testing.assert_close(statistics[name], buffer, atol=1e-3, rtol=1e-3)
-        network.zero_grad(set_to_none=True)
+        for ours, plain in zip(found(replay, batch), found(computed, batch), strict=True):
+            assert ours.keys() == plain.keys()
+            for name in ours:
+                torch.testing.assert_close(ours[name], plain[name], atol=1e-4, rtol=1e-2)
 
 
 @pytest.mark.parametrize("preset", ["small", "base"])

@@ -136,6 +136,37 @@ def test_each_round_labels_as_many_slices_as_asked_and_may_choose_other_volumes(
     assert pseudo.round == 7
 
 
+@pytest.mark.parametrize(
+    ("side", "channels", "believed"),
+    [(8, {1: 8}, True), (5, {1: 10}, True), (4, {1: 10}, False), (8, {1: 8, 2: 4}, False), (8, {}, True)],
+    ids=["as much", "a quarter", "less", "another structure missing", "nothing labelled completely"],
+)
+def test_a_volume_in_which_too_little_is_found_teaches_nothing(monkeypatch, side, channels, believed):
+    labelled = [np.zeros((32, 48), np.int64), np.full((32, 48), IGNORED)]  # the second does not count
+    for channel, size in channels.items():
+        labelled[0][10 * channel : 10 * channel + size, :size] = channel
+    labelled[1][:30, :30] = 1
+    monkeypatch.setattr(pseudo_labels, "predict_slices", sure_of(1, where=(slice(0, side), slice(0, side))))
+    pool = pool_of([], [volume(2)])
+    pseudo = PseudoLabels(pool, CLASSES, CONFIG, one_piece=frozenset(), labelled=labelled, seed=0)
+    finish(pseudo.renew(None, CPU, 0.5))
+    assert bool(pseudo.slices) == believed
+    assert pseudo.round == 1
+    assert not pseudo.is_due(0.5, 1.0)
+
+
+def test_finished_slices_of_a_volume_are_believed_whatever_is_found(monkeypatch):
+    labels = np.zeros((4, 32, 48), np.int16)
+    labels[1, 4:12, 4:12] = 4
+    (own,) = pool_of([LabelledVolume(volume(4), labels, {1: COMPLETE})])
+    assert own.propagation is not None
+    monkeypatch.setattr(pseudo_labels, "predict_slices", sure_of(2))
+    everything = [np.ones((32, 48), np.int64)]
+    pseudo = PseudoLabels([own], CLASSES, CONFIG, one_piece=frozenset(), labelled=everything, seed=0)
+    finish(pseudo.renew(None, CPU, 0.5))
+    assert pseudo.slices
+
+
 def test_rounds_are_due_at_their_fractions(monkeypatch):
     pseudo = PseudoLabels(
         pool_of([], [volume(2)]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from kaf_model.checkpoint import load_header
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 from kaf_model.volume import Volume
-from napari_kaf import _layers
+from napari_kaf import _finetune_task, _layers
 from napari_kaf._classes import add_class
 from napari_kaf._finetune_task import FinetuneOutcome, FinetuneRequest, SlicePreview
 from napari_kaf._jobs import Job, Report
@@ -35,6 +36,19 @@ def test_it_opens_in_under_a_second_once_napari_is_up(make_napari_viewer, plugin
     began = time.process_time()
     napari_kaf.widgets.finetune.FinetuneWidget(viewer).close()
     assert time.process_time() - began < 1.0
+
+
+@pytest.mark.parametrize(("device", "channels", "slices"), [("cpu", 8, 4), ("cuda", 16, 12)])
+def test_a_gpu_trains_a_larger_network_with_larger_batches(monkeypatch, device, channels, slices):
+    import torch
+
+    monkeypatch.setattr("kaf_model.engine.choose_device", torch.device)
+    request = SimpleNamespace(
+        device=device, preset="small", architecture="unet", seconds=60.0, hold_out=False, start=None
+    )
+    assert _finetune_task._origin(request)["config"].start_channels == channels
+    training = _finetune_task._training(request)
+    assert (training.batch_size, training.time_budget) == (slices, 60.0)
 
 
 def test_the_empty_state_says_what_to_do(open_panel):
