@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from kaf_model.augment import MAX_COMPRESSION, SpatialTransform
+from kaf_model.augment import MAX_COMPRESSION, SpatialDraws, SpatialTransform
 from kaf_model.config import AugmentConfig
 
 STILL = {"rotation": 0, "scale": (1, 1), "elastic_alpha": (0, 0)}
@@ -459,6 +459,18 @@ def test_a_gpu_moves_slices_alike() -> None:
     moved, kept = there.points(positions.cuda(), valid.cuda())
     both = kept.cpu() & here.points(positions, valid)[1]
     torch.testing.assert_close(moved.cpu()[both], here.points(positions, valid)[0][both], atol=1e-2, rtol=0)
+
+
+def test_draws_of_two_batches_can_be_joined() -> None:
+    for name in ("everything", "affine"):
+        draws = [
+            SpatialDraws.draw(CONFIGS[name], SIZES, generator=generator(seed), centres=centres)
+            for seed, centres in ((0, None), (1, SIZES / 2))
+        ]
+        joined = SpatialTransform.of(SpatialDraws.join(draws))
+        one_by_one = [SpatialTransform.of(draw).coordinates for draw in draws]
+        torch.testing.assert_close(joined.coordinates, torch.cat(one_by_one), atol=1e-4, rtol=0)
+        assert torch.equal(joined.sizes, SIZES.repeat(2, 1))
 
 
 def test_says_what_does_not_fit() -> None:

@@ -448,6 +448,34 @@ def test_labelled_batches_depend_on_their_step_only_and_share_out():
         assert torch.equal(batch.views.valid, joint.views.valid[rows, : batch.views.valid.shape[1]])
 
 
+@pytest.mark.parametrize("together", [3, 8])
+def test_steps_that_are_augmented_together_are_those_of_each_alone(monkeypatch, together):
+    sizes = [(48, 64), (60, 80), (40, 100)]
+    slices = [labelled_slice(size, seed=seed) for seed, size in enumerate(sizes)]
+    alone = labelled_slices(slices, batch_size=2, augment=STRONG)
+    joined = labelled_slices(slices, batch_size=2, augment=STRONG)
+    monkeypatch.setattr(joined, "_steps_together", lambda device: together)
+    shard = Shard(1, 2)
+    for step in (0, 1, 2, 5, 4, 9):  # in any order
+        for part in (None, shard):
+            expected, found = (data.batch(step, CPU, part) for data in (alone, joined))
+            # A larger canvas changes how a coordinate is rounded.
+            torch.testing.assert_close(found.views.images, expected.views.images, atol=1e-3, rtol=0)
+            assert torch.equal(found.views.valid, expected.views.valid)
+            torch.testing.assert_close(found.views.keypoints, expected.views.keypoints)
+            assert torch.equal(found.labels, expected.labels)
+
+
+def test_gpus_augment_as_many_steps_together_as_memory_allows():
+    cuda, many = torch.device("cuda"), datasets._MOST_STEPS_TOGETHER
+    assert labelled_slices(augment=STRONG)._steps_together(CPU) == 1
+    assert labelled_slices(augment=STRONG)._steps_together(cuda) == many
+    assert labelled_slices(augment=PLAIN)._steps_together(cuda) == 1  # slices keep their sizes
+    large = STRONG.override(crop=(1024, 1024))
+    assert labelled_slices(augment=large, batch_size=4)._steps_together(cuda) == 4
+    assert labelled_slices(augment=large, batch_size=64)._steps_together(cuda) == 1
+
+
 def test_joined_batches_share_the_largest_canvas():
     def batch_of(height, width):
         image = np.random.default_rng(height).normal(size=(height, width)).astype(np.float16)
