@@ -184,13 +184,20 @@ def attend(
     Returns:
         (T, E), zero for slices whose source is empty.
     """
-    if query.device.type == "cuda" and query.dtype in _HALF and varlen_attn is not None:
+    if _can_be_packed(query, heads):
         return attend_packed(query, key, value, keypoints, source, heads=heads)
     if query.device.type != "cpu":
         return attend_padded(query, key, value, keypoints, source, heads=heads)
     if query.dtype == torch.bfloat16:
         return attend_each(query, key, value, keypoints, source, heads=heads)
     return attend_fused(query, key, value, keypoints, source, heads=heads)
+
+
+def _can_be_packed(query: Tensor, heads: int) -> bool:
+    """Whether there is a kernel for `attend_packed`."""
+    width = query.shape[1] // heads
+    known = varlen_attn is not None and width % 8 == 0 and width <= 256
+    return known and query.device.type == "cuda" and query.dtype in _HALF
 
 
 def attend_packed(

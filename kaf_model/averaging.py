@@ -54,9 +54,8 @@ class WeightAverage:
         """Take the weights after a step into the average."""
         # By lists that are made once: AveragedModel's own method, which makes them anew, takes a GPU's whole step.
         count = int(self._model.n_averaged)
-        share = (
-            min(self._decay, (1 + count) / (10 + count)) if count else 0.0
-        )  # a short training forgets its start too
+        # A short training forgets its start too.
+        share = min(self._decay, (1 + count) / (10 + count)) if count else 0.0
         averages, current = zip(*self._averaged, strict=True)
         torch._foreach_lerp_(averages, current, 1 - share)
         if self._copied:
