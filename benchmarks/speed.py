@@ -30,11 +30,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import nibabel as nib
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from plain import plain_path
 from torch import nn
 from torch.nn import functional
@@ -42,6 +44,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kaf_model import attention
+from kaf_model.averaging import WeightAverage
 from kaf_model.checkpoint import ClassLabel, Model
 from kaf_model.compute import peak_bytes
 from kaf_model.config import FinetuneConfig, KeypointConfig, ModelConfig, PretrainConfig, SliceConfig
@@ -51,6 +54,7 @@ from kaf_model.finetune import FinetuningNetwork
 from kaf_model.heap import keep_freed_memory
 from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import iter_detect
+from kaf_model.labels import ClassMap
 from kaf_model.losses import matching_loss
 from kaf_model.phantom import make_heart
 from kaf_model.preparation import LabelledSlice
@@ -324,18 +328,83 @@ def inference_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
         yield clock.row(f"inference, {name}, a slice", partial(folded, *batch), plain, size)
 
 
-def data_rows(clock: Clock, shape: Shape) -> list[Row]:
-    """Detection, in parallel and one by one, and the augmentation of ten labelled slices."""
+def labelled_heart(shape: Shape) -> tuple[NDArray[np.float32], list[LabelledSlice]]:
+    """Ten slices of a synthetic heart, somewhat larger than the crops, and the same with keypoints and labels."""
     heart = make_heart(0, shape=(10, shape.side + 32, shape.side + 48))
     slices = heart.image.astype(np.float32)
+    labelled = [
+        LabelledSlice(image.astype(np.float16), points.positions, labels.astype(np.int64))
+        for image, points, labels in zip(slices, iter_detect(slices), heart.labels, strict=True)
+    ]
+    return slices, labelled
+
+
+def training_rows(clock: Clock, shape: Shape) -> Iterator[Row]:
+    """A step of a finetuning from slices to averaged weights, with the batches that the preset has on the device.
+
+    The plain path augments one step at a time and replays nothing.
+    """
+    _, slices = labelled_heart(shape)
+    crop = {"crop": (shape.side, shape.side)}
+    on_a_gpu = clock.device.type == "cuda"
+    tuning = FinetuneConfig.preset(
+        shape.preset, gpu=on_a_gpu, epochs=None, steps=10**6, early_crop=None, augment=crop
+    )
+    for name, kind in networks(shape.preset).items():
+        seen = slices if kind.reads_keypoints else [replace(item, keypoints=NO_KEYPOINTS) for item in slices]
+        ways: tuple[Literal["auto", "float32"], ...] = ("auto", "float32")
+        ours, plain = (
+            partial(several, finetuning_steps(clock.device, tuning, kind, seen, precision))
+            for precision in ways
+        )
+        fast, slow = (seconds / SEVERAL for seconds in clock.both(ours, plain))
+        yield Row(f"from slices to weights, {name}, a step of {tuning.batch_size}", fast, slow)
+
+
+NO_KEYPOINTS = np.zeros((0, 2), np.float32)
+SEVERAL = 8
+"""Steps that are timed at once: a GPU augments as many together."""
+
+
+def several(steps: Iterator[object]) -> None:
+    """Do several steps."""
+    for _ in range(SEVERAL):
+        next(steps)
+
+
+def finetuning_steps(
+    device: torch.device,
+    tuning: FinetuneConfig,
+    kind: ModelConfig,
+    slices: list[LabelledSlice],
+    precision: Literal["auto", "float32"],
+) -> Iterator[object]:
+    """Train for ever, in mixed precision with all that is fast, or in float32 without."""
+    torch.manual_seed(0)
+    network = build_network(kind.override(num_classes=4))
+    module = FinetuningNetwork(network, tuning)
+    groups = [{"params": list(module.parameters()), "rate": 1.0}]
+    fabric = make_fabric(device.type, precision=precision)
+    trainer = Trainer(module, tuning, fabric=fabric, groups=groups, slices_per_epoch=len(slices))
+    classes = ClassMap(tuple(ClassLabel(value, str(value)) for value in range(4)))
+    average = WeightAverage(network, tuning.averaging, [], classes)
+    augment, size, foreground = tuning.augment, tuning.batch_size, tuning.foreground
+    data = LabelledSlices(slices, augment=augment, foreground=foreground, batch_size=size, seed=0)
+    if precision == "float32":
+        module.to(memory_format=torch.contiguous_format)
+        trainer._replay = None
+        data._steps_together = lambda _device: 1  # type: ignore[method-assign]
+    for progress in trainer.run(lambda step, _parts: [data.batch(step, device)], stage="timing"):
+        average.update()
+        yield progress
+
+
+def data_rows(clock: Clock, shape: Shape) -> list[Row]:
+    """Detection, in parallel and one by one, and the augmentation of ten labelled slices."""
+    slices, labelled = labelled_heart(shape)
     parallel, serial = clock.both(
         lambda: list(iter_detect(slices)), lambda: list(iter_detect(slices, workers=1))
     )
-    found = list(iter_detect(slices))
-    labelled = [
-        LabelledSlice(image.astype(np.float16), points.positions, labels.astype(np.int64))
-        for image, points, labels in zip(slices, found, heart.labels, strict=True)
-    ]
     config = FinetuneConfig.preset("small", augment={"crop": (shape.side, shape.side)})
     data = LabelledSlices(labelled, augment=config.augment, foreground=0.33, batch_size=10, seed=0)
     step = iter(range(10**6))
@@ -389,6 +458,7 @@ STAGES: dict[str, Callable[[Clock, Shape], Iterable[Row]] | None] = {
     "data": data_rows,
     "pretraining": pretraining_rows,
     "finetuning": finetuning_rows,
+    "training": training_rows,
     "inference": inference_rows,
     "files": None,
 }
@@ -420,7 +490,7 @@ def main() -> None:
     parser.add_argument(
         "--stages",
         default=",".join(STAGES),
-        help="default: data,pretraining,finetuning,inference,files",
+        help="default: data,pretraining,finetuning,training,inference,files",
     )
     parser.add_argument(
         "--processor-time",

@@ -1,5 +1,7 @@
 """Attention among packed keypoints, against one slice at a time and an explicit softmax."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -207,3 +209,18 @@ def test_fused_attention_keeps_no_scores() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         attend_fused(*rows, keypoints, keypoints, heads=2)
     assert max(kept) <= 350 * 8
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "width", "packed"),
+    [
+        ("cuda", torch.bfloat16, 32, True),
+        ("cuda", torch.float32, 32, False),
+        ("cpu", torch.bfloat16, 32, False),
+        ("cuda", torch.bfloat16, 16, False),  # heads of 4, for which there is no kernel
+        ("cuda", torch.bfloat16, 1152, False),  # heads of 288
+    ],
+)
+def test_packed_rows_are_for_gpus_in_half_precision(device, kind, width, packed) -> None:
+    query = SimpleNamespace(device=torch.device(device), dtype=kind, shape=(5, width))
+    assert attention._can_be_packed(query, 4) == packed
