@@ -69,19 +69,18 @@ class PackedKeypoints:
         batch, longest = self.valid.shape
         if self.full:
             return rows.view(batch, longest, rows.shape[-1])
-        padded: Tensor = _Spread.apply(rows, self._place, batch * longest)  # type: ignore[no-untyped-call]
+        padded = rows.new_zeros(batch * longest, rows.shape[-1]).index_copy(0, self._place, rows)
         return padded.view(batch, longest, rows.shape[-1])
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, N, C) -> packed rows (T, C)."""
         if self.full:
             return padded.reshape(len(self), padded.shape[-1])
-        rows: Tensor = _Collect.apply(padded.flatten(0, 1), self._place)  # type: ignore[no-untyped-call]
-        return rows
+        return padded.flatten(0, 1).index_select(0, self._place)
 
     @cached_property
     def _place(self) -> Tensor:
-        """Where each row lies in the padded layout, (T,)."""
+        """Where each row lies in the padded layout, (T,); unlike a mask it waits for no GPU."""
         return self.image * self.valid.shape[1] + self.slot
 
     @cached_property
@@ -378,34 +377,6 @@ class _AttendRuns(torch.autograd.Function):
             torch.bmm(grad_scores, run.keys(key), out=run.queries(grad_query))
             torch.bmm(grad_scores.transpose(1, 2), run.queries(scaled), out=run.keys(grad_key))
         return grad_query.mul_(scaled.shape[1] ** -0.5), grad_key, grad_value, None
-
-
-class _Spread(torch.autograd.Function):
-    """Rows at places of their own among zeros; unlike a mask it waits for no GPU."""
-
-    @staticmethod
-    def forward(context: Any, rows: Tensor, place: Tensor, length: int) -> Tensor:
-        context.place = place
-        return rows.new_zeros(length, rows.shape[1]).index_copy_(0, place, rows)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0].index_select(0, context.place), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """Undo `_Spread`: the rows at some places, each taken once."""
-
-    @staticmethod
-    def forward(context: Any, spread: Tensor, place: Tensor) -> Tensor:
-        context.place, context.length = place, len(spread)
-        return spread.index_select(0, place)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0]
-        zeros = gradient.new_zeros(context.length, gradient.shape[1])
-        return zeros.index_copy_(0, context.place, gradient), None
 
 
 class _Reorder(torch.autograd.Function):

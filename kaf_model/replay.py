@@ -2,7 +2,8 @@
 
 A GPU does a step of a small network in a millisecond or two, and Python takes ten to ask for it, kernel by
 kernel. Networks whose operations depend on nothing but the shape of the batch are recorded once a shape, and
-then asked for at once: the same kernels on the same numbers.
+then asked for at once: the same kernels on the same numbers. (`torch.cuda.make_graphed_callables` records in a mode
+in which no other thread may use the GPU, as the viewer's do, and copies each gradient once more.)
 """
 
 from __future__ import annotations
