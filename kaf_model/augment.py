@@ -10,9 +10,8 @@ way, through the exact inverse of the same map, instead of the paper's index-map
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -20,14 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kaf_model.config import AugmentConfig
+from kaf_model.elastic import TOLERANCE, Elastic, interpolate, solve, undo_displacement
 from kaf_model.precision import full_precision
-
-MAX_COMPRESSION = 0.75
-"""Most by which the elastic displacement may squeeze the output grid in any direction; at 1 it folds."""
-
-_KERNEL_RADIUS = 3.5  # in sigmas; the Gaussian is 0.002 of its peak there
-_NEWTON_STEPS = 7
-_TOLERANCE = 0.02  # pixels; a point that misses it (none is known to) is dropped, and the border is this wide
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -86,7 +79,7 @@ class SpatialTransform:
             if draws.centred.any():  # the displacement must not carry the wanted point away from the centre
                 crop = torch.tensor(draws.output_size, dtype=torch.float32)
                 middle = ((crop - 1) / 2).to(device).expand(len(matrix), 1, 2)
-                carried = _interpolate(displacement, middle)[0]  # (b, 1, 2)
+                carried = interpolate(displacement, middle)[0]  # (b, 1, 2)
                 wanted = draws.centred[:, None].to(device)
                 offset = offset - torch.where(wanted, _apply(matrix, carried)[:, 0], 0.0)
         return cls(
@@ -190,12 +183,12 @@ class SpatialTransform:
             return positions.float(), valid
         valid = valid & self._within_slice(positions)
         shifted = torch.where(valid[..., None], positions.float(), 0.0) - self.offset[:, None]
-        targets = _solve(self.matrix[:, None], shifted)
+        targets = solve(self.matrix[:, None], shifted)
         moved, exact = targets, torch.ones_like(valid)
         if self.displacement is not None:
-            moved, exact = _undo_displacement(self.displacement, targets)
+            moved, exact = undo_displacement(self.displacement, targets)
         last = self.matrix.new_tensor(self.output_size) - 1
-        left = ((moved < -_TOLERANCE) | (moved > last + _TOLERANCE)).any(dim=-1)
+        left = ((moved < -TOLERANCE) | (moved > last + TOLERANCE)).any(dim=-1)
         valid = valid & exact & ~left
         return torch.where(valid[..., None], moved.clamp(min=0).minimum(last), 0.0), valid
 
@@ -211,7 +204,7 @@ class SpatialTransform:
         """
         moved = torch.where(valid[..., None], positions.float(), 0.0)
         if self.displacement is not None:
-            moved = moved + _interpolate(self.displacement, moved)[0]
+            moved = moved + interpolate(self.displacement, moved)[0]
         moved = _apply(self.matrix, moved) + self.offset[:, None]
         valid = valid & self._within_slice(moved)
         return torch.where(valid[..., None], moved, 0.0), valid
@@ -244,7 +237,7 @@ class SpatialDraws:
 
     matrix: Tensor
     offset: Tensor
-    elastic: _Elastic | None
+    elastic: Elastic | None
     centred: Tensor
     sizes: Tensor
     output_size: tuple[int, int]
@@ -266,7 +259,7 @@ class SpatialDraws:
         cropped, on whole pixels. Mirroring, where it is on, comes on top of either. The crop lies uniformly
         where, magnified, it stays within the slice (rotation and elastic displacement may still carry its
         corners out); along an axis where the slice is too small it is centred. A displacement that would
-        squeeze the grid by more than `MAX_COMPRESSION` anywhere is weakened as a whole, so that no map folds.
+        squeeze the grid by more than `elastic.MAX_COMPRESSION` anywhere is weakened as a whole, so that no map folds.
 
         Args:
             config: Ranges.
@@ -305,7 +298,7 @@ class SpatialDraws:
         if config.spatial_probability > 0 and max(config.elastic_alpha) > 0:
             spacing, reach = min(config.elastic_sigma), max(config.elastic_sigma)
             alpha, sigma = draw(*config.elastic_alpha) * moved, draw(*config.elastic_sigma)
-            elastic = _Elastic.draw(alpha, sigma, spacing, reach, output_size, generator).select(rows)
+            elastic = Elastic.draw(alpha, sigma, spacing, reach, output_size, generator).select(rows)
         centred = torch.zeros(num_slices, dtype=torch.bool)
         if centres is not None:
             centred = centres.to("cpu").isfinite().all(dim=-1)
@@ -324,7 +317,7 @@ class SpatialDraws:
         first = parts[0]
         elastic = None
         if first.elastic is not None:
-            elastic = _Elastic.join([part.elastic for part in parts if part.elastic is not None])
+            elastic = Elastic.join([part.elastic for part in parts if part.elastic is not None])
         return cls(
             matrix=torch.cat([part.matrix for part in parts]),
             offset=torch.cat([part.offset for part in parts]),
@@ -333,84 +326,6 @@ class SpatialDraws:
             sizes=torch.cat([part.sizes for part in parts]),
             output_size=first.output_size,
         )
-
-
-@dataclass(frozen=True, eq=False)
-class _Elastic:
-    """Elastic displacements as they are drawn: smoothed noise times a strength.
-
-    A Gaussian of `sigma` pixels cannot tell noise at every pixel from noise at knots up to sigma apart with
-    the same variance per area, so the noise lives on knots `spacing` apart and smoothing is two small matrix
-    products. Uniform noise on -1..1 gives a standard deviation of alpha / sqrt(3) / (2 sqrt(pi) sigma).
-
-    Attributes:
-        alpha: (b,) strengths; 0 gives no displacement.
-        sigma: (b,) smoothness in output pixels.
-        noise: (b, 2, n, m) at the knots.
-        spacing: Distance of the knots, the smallest possible sigma.
-        reach: Largest possible sigma.
-    """
-
-    alpha: Tensor
-    sigma: Tensor
-    noise: Tensor
-    spacing: float
-    reach: float
-
-    @classmethod
-    def draw(
-        cls,
-        alpha: Tensor,
-        sigma: Tensor,
-        spacing: float,
-        reach: float,
-        output_size: tuple[int, int],
-        generator: torch.Generator,
-    ) -> _Elastic:
-        """Draw the noise for an output size (h, w)."""
-        if spacing <= 0:
-            raise ValueError(f"elastic_sigma must be positive pixels, got {spacing}")
-        down, across = (len(knots) for knots in _knots(output_size, spacing, reach))
-        noise = 2 * torch.rand(len(alpha), 2, down, across, generator=generator) - 1
-        return cls(alpha, sigma, noise, spacing, reach)
-
-    def select(self, rows: Tensor) -> _Elastic:
-        """Those of some slices."""
-        return replace(self, alpha=self.alpha[rows], sigma=self.sigma[rows], noise=self.noise[rows])
-
-    @classmethod
-    def join(cls, parts: Sequence[_Elastic]) -> _Elastic:
-        """Those of several batches, one after another."""
-        return replace(
-            parts[0],
-            alpha=torch.cat([part.alpha for part in parts]),
-            sigma=torch.cat([part.sigma for part in parts]),
-            noise=torch.cat([part.noise for part in parts]),
-        )
-
-    def displacement(self, output_size: tuple[int, int], device: torch.device) -> Tensor:
-        """The displacement of each output pixel, (b, 2, h, w)."""
-        alpha, sigma = self.alpha.to(device), self.sigma.to(device)[:, None, None]
-
-        def kernel(size: int, knots: Tensor) -> Tensor:  # (b, 1, size, knots)
-            distance = torch.arange(size, device=device)[:, None] - self.spacing * knots.to(device)
-            weights = torch.exp(-0.5 * (distance / sigma) ** 2) / (math.sqrt(2 * math.pi) * sigma)
-            return weights[:, None]
-
-        knots = _knots(output_size, self.spacing, self.reach)
-        down, across = (kernel(size, along) for size, along in zip(output_size, knots, strict=True))
-        with full_precision(device):
-            smooth = down @ self.noise.to(device) @ across.mT  # (b, 2, h, w)
-        strength = alpha * self.spacing
-        squeeze = strength * _compression(smooth, step=max(1, round(self.spacing / 6)))
-        strength = strength * (MAX_COMPRESSION / squeeze.clamp(min=MAX_COMPRESSION))
-        return smooth * strength[:, None, None, None]
-
-
-def _knots(output_size: tuple[int, int], spacing: float, reach: float) -> list[Tensor]:
-    """Where the noise lies, in knots from the first pixel, along either axis."""
-    margin = math.ceil(_KERNEL_RADIUS * reach / spacing)
-    return [torch.arange(-margin, math.ceil((size - 1) / spacing) + margin + 1) for size in output_size]
 
 
 def _crop_centres(
@@ -432,84 +347,6 @@ def _crop_centres(
     return torch.where(wanted.isfinite().all(dim=-1, keepdim=True), aligned, centre)
 
 
-def _compression(displacement: Tensor, *, step: int) -> Tensor:
-    """How much a displacement squeezes its grid at most: minus the lowest eigenvalue of its strain.
-
-    The strain is the symmetric part of the gradient. Where this is below 1 everywhere, `out + u(out)` is
-    strictly monotone, hence one to one. The gradients in a bilinear cell are mixtures of the four that its
-    edges give, and the eigenvalue is concave, so these four are enough. Looking only every `step` pixels, a
-    sixth of the smoothness, misses a few hundredths at most.
-
-    Shape: (B, 2, h, w) -> (B,).
-    """
-    if min(displacement.shape[-2:]) < 2:
-        return displacement.new_zeros(len(displacement))
-    rows, columns = (
-        torch.linspace(0, size - 1, math.ceil((size - 1) / step) + 1, device=displacement.device)
-        .round()
-        .long()
-        for size in displacement.shape[-2:]
-    )
-    coarse = displacement[..., rows[:, None], columns]
-    along_y = coarse.diff(dim=-2) / rows.diff()[:, None]  # (B, 2, h - 1, w)
-    along_x = coarse.diff(dim=-1) / columns.diff()  # (B, 2, h, w - 1)
-    worst = []
-    for gradient_y in (along_y[..., :-1], along_y[..., 1:]):
-        for gradient_x in (along_x[..., :-1, :], along_x[..., 1:, :]):
-            half_trace = (gradient_y[:, 0] + gradient_x[:, 1]) / 2
-            half_difference = (gradient_y[:, 0] - gradient_x[:, 1]) / 2
-            shear = (gradient_y[:, 1] + gradient_x[:, 0]) / 2
-            lowest = half_trace - (half_difference**2 + shear**2).sqrt()
-            worst.append(-lowest.amin(dim=(-2, -1)))
-    return torch.stack(worst).amax(dim=0).clamp(min=0)
-
-
-def _undo_displacement(displacement: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve `p + u(p) = target` for p by Newton's method.
-
-    Shape: (B, 2, h, w), (B, N, 2) -> (B, N, 2), and (B, N) bool: whether p is accurate.
-    """
-    identity = torch.eye(2, device=targets.device)
-    points = targets
-    for _ in range(_NEWTON_STEPS):
-        shift, gradient = _interpolate(displacement, points)
-        points = points - _solve(identity + gradient, points + shift - targets)
-    miss = points + _interpolate(displacement, points)[0] - targets
-    # A squeeze of MAX_COMPRESSION makes an error in p up to four times the miss.
-    return points, miss.norm(dim=-1) < _TOLERANCE * (1 - MAX_COMPRESSION)
-
-
-def _interpolate(displacement: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Interpolate a displacement bilinearly, constant beyond its edge, and give its gradient.
-
-    Shape: (B, 2, h, w), (B, N, 2) -> (B, N, 2), and (B, N, 2, 2) as component, axis.
-    """
-    height, width = displacement.shape[-2:]
-    last = points.new_tensor([height - 1, width - 1])
-    clamped = points.clamp(min=0).minimum(last)
-    corner = clamped.floor().minimum((last - 1).clamp(min=0))
-    down, across = (clamped - corner)[..., None].unbind(-2)  # (B, N, 1)
-    index = corner[..., 0].long() * width + corner[..., 1].long()  # (B, N)
-    below, right = width * (height > 1), int(width > 1)
-    flat = displacement.flatten(2)
-
-    def at(shift: int) -> Tensor:  # (B, N, 2)
-        return flat.gather(2, (index + shift)[:, None].expand(-1, 2, -1)).transpose(1, 2)
-
-    top_left, top_right, bottom_left, bottom_right = at(0), at(right), at(below), at(below + right)
-    top, bottom = torch.lerp(top_left, top_right, across), torch.lerp(bottom_left, bottom_right, across)
-    along_x = torch.lerp(top_right - top_left, bottom_right - bottom_left, down)
-    gradient = torch.stack([bottom - top, along_x], dim=-1)  # (B, N, 2, 2): component, axis
-    return torch.lerp(top, bottom, down), gradient * (clamped == points)[..., None, :]
-
-
 def _apply(matrix: Tensor, points: Tensor) -> Tensor:
     """(B, 2, 2) matrices on (B, N, 2) points, in full precision under autocast too."""
     return (matrix[:, None] * points[..., None, :]).sum(dim=-1)
-
-
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve 2 x 2 systems, (..., 2, 2) and (..., 2), by Cramer's rule."""
-    (a, b), (c, d) = (row.unbind(-1) for row in matrix.unbind(-2))
-    y, x = right.unbind(-1)
-    return torch.stack([d * y - b * x, a * x - c * y], dim=-1) / (a * d - b * c)[..., None]

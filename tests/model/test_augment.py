@@ -10,8 +10,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from kaf_model.augment import MAX_COMPRESSION, SpatialDraws, SpatialTransform
+from kaf_model.augment import SpatialDraws, SpatialTransform
 from kaf_model.config import AugmentConfig
+from kaf_model.elastic import MAX_COMPRESSION
 
 STILL = {"rotation": 0, "scale": (1, 1), "elastic_alpha": (0, 0)}
 CONFIGS = {
