@@ -17,7 +17,7 @@ def like(theirs):
     for name, value in theirs.state_dict().items():
         if value.is_floating_point():
             value.uniform_(0.5, 1.5) if "var" in name or "weight" in name else value.normal_()
-    ours = BatchNorm(CHANNELS)
+    ours = BatchNorm(theirs.num_features)
     ours.load_state_dict(theirs.state_dict())
     return ours
 
@@ -41,6 +41,44 @@ def test_it_is_torchs_own(kind, shape, training):
         results.append([out, *gradients, module.running_mean, module.running_var])
     for mine, expected in zip(*results, strict=True):
         assert torch.allclose(mine, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("capability", "channels", "beside"), [("AVX512", 8, 4), ("AVX512", 24, 4), ("AVX2", 12, 4)]
+)
+def test_pixels_side_by_side_are_torchs_own(monkeypatch, capability, channels, beside, kind):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    torch.manual_seed(0)
+    theirs = nn.BatchNorm2d(channels)
+    ours = like(theirs)
+    maps = (torch.randn(3, channels, 6, 8) * 3 + 1).to(kind)
+    wanted = torch.randn(3, channels, 6, 8)
+    results = []
+    for module, layout in ((ours, torch.channels_last), (theirs, torch.contiguous_format)):
+        x = maps.clone(memory_format=layout).requires_grad_()
+        assert normalization._pixels_beside(x) == (beside if module is ours else 1)
+        out = nn.functional.leaky_relu(module(x), 0.1, inplace=True)
+        gradients = torch.autograd.grad((out * wanted).sum(), [x, module.weight, module.bias])
+        assert module is not ours or out.is_contiguous(memory_format=layout)
+        results.append([out, *gradients, module.running_mean, module.running_var])
+    for mine, expected in zip(*results, strict=True):
+        assert torch.allclose(mine, expected, atol=1e-4 if kind is torch.float32 else 0.05, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((1, 3, 5, 5), torch.channels_last),  # 25 pixels are no multiple
+        ((1, 3, 4, 4), torch.contiguous_format),
+        ((1, 32, 4, 4), torch.channels_last),  # whole vectors
+        ((0, 8, 4, 4), torch.channels_last),
+    ],
+)
+def test_what_cannot_lie_side_by_side_or_need_not(monkeypatch, shape, layout):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert normalization._pixels_beside(torch.zeros(shape).contiguous(memory_format=layout)) == 1
+    assert normalization._pixels_beside(torch.zeros(9, 8)) == 1
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -85,12 +123,12 @@ def test_statistics_of_half_precision_are_in_full(shape):
 ROWS = {"both": (slice(0, 4), slice(4, 10)), "one has none": (slice(0, 0), slice(0, 10))}
 
 
-def normalised(rows, shape, count):
+def normalised(rows, shape, count, layout=torch.contiguous_format):
     """Output, gradient and statistics of a layer on some rows of the joint batch."""
     torch.manual_seed(0)
     joint, weight = torch.randn(count, *shape) * 2 + 1, torch.randn(count, *shape)
     module = like(nn.BatchNorm2d(CHANNELS)).train()
-    x = joint[rows].clone().requires_grad_()
+    x = joint[rows].clone(memory_format=layout).requires_grad_()
     out = module(x)
     (out * weight[rows]).sum().backward()
     return {
@@ -138,6 +176,11 @@ def joint_losses(rows):
 
 CASES = {
     "maps": (normalised, ROWS["both"], {"shape": (CHANNELS, 3, 4), "count": 10}),
+    "side by side": (
+        normalised,
+        ROWS["both"],
+        {"shape": (CHANNELS, 4, 8), "count": 10, "layout": torch.channels_last},
+    ),
     "keypoints": (normalised, ROWS["both"], {"shape": (CHANNELS,), "count": 10}),
     "keypoints of one": (normalised, ROWS["one has none"], {"shape": (CHANNELS,), "count": 10}),
     "one keypoint": (normalised, (slice(0, 0), slice(0, 1)), {"shape": (CHANNELS,), "count": 1}),
