@@ -471,7 +471,6 @@ def test_one_of_several_processes_does_not_go_on_in_parts(monkeypatch):
         {"matched_weight": 3.0},
         {"unmatched_weight": 3.0},
         {"neighbour_range": 0.99},
-        {"sinkhorn_tolerance": 10.0},
         {"sinkhorn_iterations": 1},
         {"gradient_clip": 1e-3},
         {"weight_local": 0.5},
@@ -481,6 +480,12 @@ def test_one_of_several_processes_does_not_go_on_in_parts(monkeypatch):
 def test_each_setting_of_a_pretraining_changes_it(change, plainly_pretrained):
     _, result = run_pretrain(PLAIN.override(**change))
     assert result.curve != plainly_pretrained.curve
+
+
+def test_the_tolerance_of_a_pretraining_is_that_of_its_transport():
+    # in a training this small a stop after five iterations changes losses by no more than rounding
+    network = pretrain_module.PretrainingNetwork(SMALL, PRETRAIN.override(sinkhorn_tolerance=10.0))
+    assert network.matcher.tolerance == 10.0
 
 
 PLAIN = PRETRAIN.override(optimizer="sgd", learning_rate=0.05, steps=3)
