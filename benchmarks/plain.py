@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from kaf_model import attention, fusion, matching, normalization, unet
+from kaf_model import attention, fusion, layers, matching, normalization
 from kaf_model.attention import PackedKeypoints, attend_padded
 
 
@@ -25,7 +25,8 @@ def plain_path() -> Iterator[None]:
         mock.patch.object(attention, "attend", attend_padded),
         mock.patch.object(fusion, "keypoint_convolution", dense_convolution),
         mock.patch.object(normalization, "_pixels_beside", return_value=1),
-        mock.patch.object(unet.Upsample, "forward", nn.ConvTranspose2d.forward),
+        mock.patch.object(layers, "_by_product", return_value=False),
+        mock.patch.object(layers.Upsample, "forward", nn.ConvTranspose2d.forward),
         mock.patch.object(matching, "log_optimal_transport", padded_transport),
         mock.patch.object(matching, "_LogSinkhorn", StoredSinkhorn),
     ):

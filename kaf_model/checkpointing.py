@@ -42,8 +42,8 @@ def checkpoint_activations(network: nn.Module) -> int:
 def _is_block(module: nn.Module) -> bool:
     if isinstance(module, AttentionBlock):
         return True
-    kinds = [type(layer) for layer in module] if isinstance(module, nn.Sequential) else []
-    return nn.Conv2d in kinds and BatchNorm in kinds
+    layers = list(module) if isinstance(module, nn.Sequential) else []
+    return all(any(isinstance(layer, kind) for layer in layers) for kind in (nn.Conv2d, BatchNorm))
 
 
 class _Recomputing:

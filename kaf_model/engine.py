@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from kaf_model.checkpoint import load_header, load_tensors, save_tensors
 from kaf_model.checkpointing import checkpoint_activations
@@ -326,18 +327,17 @@ class Trainer:
             return None
 
     def _clip_gradients(self) -> None:
-        norm = self.fabric.clip_gradients(
-            self.module,
-            self.optimizer,
-            max_norm=math.inf if self.config.gradient_clip is None else self.config.gradient_clip,
-            error_if_nonfinite=False,
-        )
-        if norm is not None and not math.isfinite(norm):
+        parameters = [parameter for parameter in self.raw_module.parameters() if parameter.grad is not None]
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        length, most = float(norm), self.config.gradient_clip
+        if not math.isfinite(length):
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteLoss(
                 f"the gradient is not finite at step {self.state.step + 1}, though the losses are; training stopped "
                 "with the weights before it. Try a lower learning rate, or precision float32"
             )
+        if most is not None and length > most:  # otherwise all would be multiplied by one
+            clip_grads_with_norm_(parameters, most, norm)
 
     def _split_batch(self, error: RuntimeError) -> str:
         self.optimizer.zero_grad(set_to_none=True)

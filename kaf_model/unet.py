@@ -9,17 +9,15 @@ networks (`swin`) are built from the same parts: an encoder, a decoder and a hea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.grad import conv2d_weight
 
 from kaf_model.attention import PackedKeypoints
 from kaf_model.config import ModelConfig
 from kaf_model.fcn import FcnHead
 from kaf_model.fusion import KafLayer
+from kaf_model.layers import Convolution, Halve, Upsample
 from kaf_model.normalization import BatchNorm
 
 NUM_LEVELS = 4
@@ -44,77 +42,13 @@ class EncoderOutput:
 
 def _convolution_block(channels_in: int, channels: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(channels_in, channels, 3, padding=1),
+        Convolution(channels_in, channels),
         BatchNorm(channels),
         nn.LeakyReLU(0.01, inplace=True),
-        nn.Conv2d(channels, channels, 3, padding=1),
+        Convolution(channels, channels),
         BatchNorm(channels),
         nn.LeakyReLU(0.01, inplace=True),
     )
-
-
-class Upsample(nn.ConvTranspose2d):
-    """Doubles height and width by a transposed convolution of 2 x 2, whose backward pass is fast on CPUs."""
-
-    def __init__(self, channels_in: int, channels: int) -> None:
-        super().__init__(channels_in, channels, 2, stride=2)
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, D, 2 H, 2 W)."""
-        if input.device.type != "cpu":
-            return super().forward(input, output_size)
-        assert self.bias is not None
-        parts: tuple[Tensor, ...] = (input, self.weight, self.bias)
-        if torch.is_autocast_enabled("cpu"):
-            parts = tuple(part.to(torch.get_autocast_dtype("cpu")) for part in parts)
-        upsampled: Tensor = _UpsampleOnCpu.apply(*parts)  # type: ignore[no-untyped-call]
-        return upsampled
-
-
-class _UpsampleOnCpu(torch.autograd.Function):
-    """The gradients of a transposed convolution as those of the convolution that it transposes.
-
-    oneDNN takes two to three times as long for its own backward pass of transposed convolutions.
-    """
-
-    @staticmethod
-    def forward(context: Any, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        context.save_for_backward(features, weight)
-        return torch.conv_transpose2d(features, weight, bias, stride=2)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features, weight = context.saved_tensors
-        gradient = gradients[0].contiguous(memory_format=torch.channels_last)
-        grad_weight: Tensor = conv2d_weight(gradient, weight.shape, features, stride=2)  # type: ignore[no-untyped-call]
-        return torch.conv2d(gradient, weight, stride=2), grad_weight, gradient.sum((0, 2, 3))
-
-
-class Halve(nn.Module):
-    """Maximum of 2 x 2 pixels; where it was is found again in the backward pass, from a map that is kept anyway."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, C, H, W) of even H and W -> (B, C, H / 2, W / 2)."""
-        halved: Tensor = _HalveAndFindAgain.apply(features)  # type: ignore[no-untyped-call]
-        return halved
-
-
-class _HalveAndFindAgain(torch.autograd.Function):
-    """Max pooling that keeps its input instead of an index of 8 bytes a pixel."""
-
-    @staticmethod
-    def forward(context: Any, features: Tensor) -> Tensor:
-        context.save_for_backward(features)
-        return functional.max_pool2d(features, 2)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        (features,) = context.saved_tensors
-        _, where = functional.max_pool2d_with_indices(features, [2, 2])
-        found: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
-            gradients[0], features, [2, 2], [2, 2], [0, 0], [1, 1], False, where
-        )
-        return found
 
 
 class FeatureEncoder(nn.Module):
@@ -168,9 +102,9 @@ class Encoder(FeatureEncoder):
         self.bottleneck_width = 2 * self.decoder_widths[-1]
         self.pool: nn.Module = Halve()
         self.centre = nn.Sequential(
-            nn.Conv2d(channels_in, self.bottleneck_width, 3, padding=1),
+            Convolution(channels_in, self.bottleneck_width),
             nn.ReLU(inplace=True),
-            nn.Conv2d(self.bottleneck_width, self.bottleneck_width, 3, padding=1),
+            Convolution(self.bottleneck_width, self.bottleneck_width),
             nn.ReLU(inplace=True),
         )
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kaf_model.config import ModelConfig
-from kaf_model.unet import Halve, Upsample, build_network
+from kaf_model.unet import build_network
 
 SIZE = (48, 64)
 
@@ -244,40 +244,3 @@ def test_a_narrow_decoder_reads_the_same_encoder():
     assert sum(p.numel() for p in narrow.parameters()) < 0.5 * sum(p.numel() for p in wide.parameters())
     images, keypoints = torch.randn(1, 1, 48, 64), torch.rand(1, 7, 2) * 40
     assert narrow(images, keypoints).shape == wide(images, keypoints).shape == (1, 4, 48, 64)
-
-
-def test_upsampling_is_the_transposed_convolution():
-    torch.manual_seed(0)
-    upsample = Upsample(5, 3)
-    plain = nn.ConvTranspose2d(5, 3, 2, stride=2)
-    plain.load_state_dict(upsample.state_dict())
-    results = []
-    for layer in (upsample, plain):
-        features = torch.randn(2, 5, 6, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        out = layer(features)
-        weight = torch.linspace(-1, 1, out.numel()).view_as(out)
-        gradients = torch.autograd.grad((out * weight).sum(), [features, *layer.parameters()])
-        results.append((out, *gradients))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
-
-
-def test_halving_is_max_pooling():
-    torch.manual_seed(0)
-    features = torch.randn(2, 3, 12, 16).round(decimals=0).requires_grad_()  # with ties
-    weight = torch.randn(2, 3, 6, 8)
-    results = []
-    for pool in (Halve(), nn.MaxPool2d(2)):
-        halved = pool(features)
-        results.append([halved, *torch.autograd.grad((halved * weight).sum(), features)])
-    for ours, theirs in zip(*results, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_upsampling_obeys_autocast():
-    upsample = Upsample(5, 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = upsample(torch.randn(1, 5, 4, 6))
-    assert out.dtype == torch.bfloat16
-    out.float().sum().backward()
-    assert upsample.weight.grad.dtype == torch.float32
