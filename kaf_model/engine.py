@@ -327,7 +327,7 @@ class Trainer:
             return None
 
     def _clip_gradients(self) -> None:
-        parameters = [parameter for parameter in self.raw_module.parameters() if parameter.grad is not None]
+        parameters = list(self.raw_module.parameters())
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         length, most = float(norm), self.config.gradient_clip
         if not math.isfinite(length):

@@ -154,6 +154,10 @@ class BatchNorm(nn.BatchNorm2d):
         return normalised
 
 
+_LANES = {"AVX512": 16, "AVX2": 8}
+"""Numbers in float32 that a CPU takes at a time."""
+
+
 def _pixels_beside(input: Tensor) -> int:
     """How many pixels of a map are normalised side by side, as if theirs were channels of one.
 
@@ -167,10 +171,6 @@ def _pixels_beside(input: Tensor) -> int:
     pixels = input.numel() // input.shape[1]
     foldable = pixels > 0 and pixels % beside == 0 and input.is_contiguous(memory_format=torch.channels_last)
     return beside if foldable else 1
-
-
-_LANES = {"AVX512": 16, "AVX2": 8}
-"""Numbers in float32 that a CPU takes at a time."""
 
 
 def _rows(input: Tensor, beside: int) -> Tensor:
