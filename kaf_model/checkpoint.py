@@ -40,11 +40,13 @@ class ClassLabel:
         value: In label maps.
         name: In words.
         one_piece: Whether the structure was in one piece wherever it was labelled.
+        together: Whether it was in one piece with the other structures of which this is so.
     """
 
     value: int
     name: str
     one_piece: bool = False
+    together: bool = False
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,9 @@ def _checkpoint_rows(path: Path, content: Mapping[str, Any]) -> list[tuple[str, 
         whole = [label["name"] for label in content["classes"] if label.get("one_piece")]
         if whole:
             lines.append(("in one piece", f"{', '.join(whole)}; smaller pieces are left out when segmenting"))
+        beside = [label["name"] for label in content["classes"] if label.get("together")]
+        if beside:
+            lines.append(("together", f"{', '.join(beside)}; what lies apart is left out when segmenting"))
     lines += [
         ("preprocessing", _preprocessing(content["slices"])),
         (

@@ -95,6 +95,14 @@ def segment(
             help="Keep only the largest piece of classes that were labelled in one piece, of all, or of none.",
         ),
     ] = None,
+    orientation: Annotated[
+        str | None,
+        typer.Option(
+            "--orientation",
+            metavar="fixed|best|average",
+            help="Slices as they lie, turned to the angle at which the model is surest, or averaged around it.",
+        ),
+    ] = None,
     config: options.ConfigFile = None,
     assignments: options.SetOptions = None,
     device: options.Device = "auto",
@@ -112,7 +120,8 @@ def segment(
         if not text.strip().startswith("segment."):
             raise UserError(f"--set {text}: the model brings its own; only segment.FIELD can be set here")
     switches = {"probabilities": probabilities, "uncertainty": uncertainty, "flips": flips}
-    given = {"largest_component": largest_component, **{name: on or None for name, on in switches.items()}}
+    chosen = {"largest_component": largest_component, "orientation": orientation}
+    given = {**chosen, **{name: on or None for name, on in switches.items()}}
     recipe = choose_settings(None, config, assignments, {"segment": given}).recipe
 
     from kaf_model.cases import check_named, read_cases

@@ -28,6 +28,8 @@ KAF_FIELDS = frozenset(
 
 Architecture = Literal["kaf-unet", "unet", "unet-c2", "fcn", "kaf-fcn", "swin-unetr", "swin-unet"]
 
+Orientation = Literal["fixed", "best", "average"]
+
 
 class Settings(BaseModel):
     """Base of all settings: frozen, and an unknown key is an error."""
@@ -460,10 +462,17 @@ class SegmentConfig(Settings):
         None, gt=0, description="Slices a forward pass; none takes 8, on an NVIDIA GPU 32."
     )
     flips: bool = Field(False, description="Average over mirrored copies of each slice (4 times the work).")
+    orientation: Orientation = Field(
+        "best",
+        description="Segment slices as they lie (fixed), turned to the angle at which the model agrees most with "
+        "itself on five slices of the volume (best), or averaged over that angle and 30 degrees either way "
+        "(average). Volumes with finished slices are segmented as they lie.",
+    )
     largest_component: Literal["learned", "all", "none"] = Field(
         "learned",
         description="Keep only the largest connected piece of the classes that were in one piece wherever they "
-        "were labelled, of all classes, or of none.",
+        "were labelled, and of those that were in one piece together only what still is (learned); the largest "
+        "of all classes (all); or everything (none).",
     )
     propagation: float = Field(
         4.0,

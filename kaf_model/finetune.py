@@ -14,7 +14,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from kaf_model.anatomy import values_in_one_piece
+from kaf_model.anatomy import values_in_one_piece, values_together
 from kaf_model.averaging import WeightAverage
 from kaf_model.checkpoint import (
     Checkpoint,
@@ -166,11 +166,13 @@ def finetune(
             cache=cache,
         )
     one_piece = values_in_one_piece(cases)
+    together = values_together(cases, one_piece)
     pseudo = PseudoLabels(
         pool,
         classes,
         training.pseudo_labels,
         one_piece=one_piece,
+        together=together,
         labelled=[item.labels for item in learnt],
         seed=training.seed,
     )
@@ -208,7 +210,10 @@ def finetune(
 
     def model_now() -> Model:
         record = _record(training, trainer, names, average.best_dice, pseudo.num_free)
-        labels = tuple(replace(label, one_piece=label.value in one_piece) for label in classes.classes)
+        labels = tuple(
+            replace(label, one_piece=label.value in one_piece, together=label.value in together)
+            for label in classes.classes
+        )
         history = (*(origin.history if origin else ()), record)
         return Model(average.best(), config, slices, keypoints, labels, statistics_of(prepared), history)
 

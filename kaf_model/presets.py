@@ -76,7 +76,7 @@ _PUBLISHED_FINETUNE = {
     "averaging": 0.0,
     "pseudo_labels": {"share": 0.0},
 }
-_PUBLISHED_SEGMENT = {"largest_component": "none", "propagation": 0.0}
+_PUBLISHED_SEGMENT = {"largest_component": "none", "propagation": 0.0, "orientation": "fixed"}
 
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {

@@ -20,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kaf_model.anatomy import keep_largest_components
+from kaf_model.anatomy import keep_largest_components, keep_together
 from kaf_model.config import KeypointConfig, PseudoLabelConfig, SliceConfig
 from kaf_model.engine import generator_for
 from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache, make_detector
 from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
 from kaf_model.losses import IGNORED
+from kaf_model.prediction import predict_slices
 from kaf_model.preparation import (
     LabelledSlice,
     PreparedVolume,
@@ -36,7 +37,7 @@ from kaf_model.preparation import (
 )
 from kaf_model.progress import Progress
 from kaf_model.propagation import Propagation, propagate
-from kaf_model.segment import in_batches, predict_slices, slices_at_once
+from kaf_model.segment import in_batches, slices_at_once
 from kaf_model.slices import Slices
 from kaf_model.volume import Unreadable, Volume, scan_volumes
 from kaf_model.volume_queue import VolumeFiles
@@ -142,6 +143,7 @@ class PseudoLabels:
         classes: Channels.
         config: When, how many, how sure.
         one_piece: Label values of which only the largest piece of a prediction is believed.
+        together: Label values of which only what is in one piece with most of the others is believed.
         labelled: (H, W) channels of the labelled slices, or IGNORED.
         seed: Of the choice of volumes.
     """
@@ -153,6 +155,7 @@ class PseudoLabels:
         config: PseudoLabelConfig,
         *,
         one_piece: frozenset[int],
+        together: frozenset[int] = frozenset(),
         labelled: Sequence[NDArray[np.int64]] = (),
         seed: int,
     ) -> None:
@@ -165,7 +168,9 @@ class PseudoLabels:
         enough = sum(len(volume.free) for volume in pool) >= config.least_slices
         self._pool = [volume for volume in pool if enough or volume.propagation is not None]
         self.num_free = sum(len(volume.free) for volume in self._pool)
-        self._one_piece = [channel for channel, value in enumerate(classes.values) if int(value) in one_piece]
+        channels = {int(value): channel for channel, value in enumerate(classes.values)}
+        self._one_piece = [channels[value] for value in sorted(one_piece)]
+        self._together = [channels[value] for value in sorted(together)]
         self._seed = seed
         self._at_once: int | None = None
         self._labels: dict[int, NDArray[np.int16]] = {}
@@ -207,15 +212,16 @@ class PseudoLabels:
         done = 0
         for index in chosen:
             prepared = self._pool[index].prepared
-            parts = []
-            work = partial(self._predict, self._pool[index], network=network, device=device)
+            parts: list[tuple[NDArray[np.int16], NDArray[np.bool_]]] = []
             at_once = self._at_once or slices_at_once(device)
-            for batch, found, size in in_batches(len(prepared), at_once, work):
+            work = partial(self._predict, self._pool[index], network=network, device=device)
+            for batch, part, size in in_batches(len(prepared), at_once, work):
                 self._at_once = size
-                parts.append(found)
+                parts.append(part)
                 done += batch.stop - batch.start
                 yield done, total
-            found = self._settle(self._pool[index], np.concatenate(parts))
+            channels, sure = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            found = self._settle(self._pool[index], channels, sure)
             if self._believed(self._pool[index], found):
                 labels[index] = found
         self._take(labels)
@@ -237,8 +243,8 @@ class PseudoLabels:
 
     def _predict(
         self, volume: UnlabelledVolume, rows: slice, network: InferenceNetwork, device: torch.device
-    ) -> NDArray[np.int16]:
-        """Channels (n, H, W) where the model is sure, IGNORED elsewhere."""
+    ) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
+        """Channels (n, H, W), and where the model is sure of them."""
         prepared = volume.prepared
         images = np.asarray(prepared.images[rows], dtype=np.float32)
         positions = [found.positions for found in prepared.keypoints[rows]]
@@ -248,16 +254,20 @@ class PseudoLabels:
                 probabilities, volume.indices[rows], self.config.propagation
             )
         confidence, channels = probabilities.max(1)
-        sure = torch.where(confidence >= self.config.confidence, channels, IGNORED)
-        labels: NDArray[np.int16] = sure.to(torch.int16).cpu().numpy()
-        return labels
+        sure = confidence >= self.config.confidence
+        return channels.to(torch.int16).cpu().numpy(), sure.cpu().numpy()
 
-    def _settle(self, volume: UnlabelledVolume, labels: NDArray[np.int16]) -> NDArray[np.int16]:
-        """Put in what a person painted, then leave out pieces apart from a structure that is in one piece."""
+    def _settle(
+        self, volume: UnlabelledVolume, labels: NDArray[np.int16], sure: NDArray[np.bool_]
+    ) -> NDArray[np.int16]:
+        """Put in what a person painted, and leave out pieces apart from where structures are, and what is unsure."""
         if volume.known is not None:
             labels = np.where(volume.known == IGNORED, labels, volume.known).astype(np.int16)
+            sure = sure | (volume.known != IGNORED)
+        keep_together(labels, self._together, fill=IGNORED)
         keep_largest_components(labels, self._one_piece, fill=IGNORED)
-        return labels
+        settled: NDArray[np.int16] = np.where(sure, labels, np.int16(IGNORED))
+        return settled
 
     def _believed(self, volume: UnlabelledVolume, labels: NDArray[np.int16]) -> bool:
         """Whether enough was found of each structure; always where a person finished slices of the volume."""

@@ -11,24 +11,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kaf_model.anatomy import keep_largest_components
+from kaf_model.anatomy import keep_largest_components, keep_together
 from kaf_model.checkpoint import Model
 from kaf_model.config import SegmentConfig
-from kaf_model.datasets import pad_keypoints
 from kaf_model.engine import OutOfMemory, is_out_of_memory, release_memory
 from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache, iter_detect, make_detector
+from kaf_model.prediction import angles_at, best_angle, predict_slices, sampled
 from kaf_model.progress import Progress
 from kaf_model.propagation import Propagation
-from kaf_model.slices import Slices, crop_to, pad_to_multiple
+from kaf_model.slices import Slices
 from kaf_model.temporary_arrays import zeros_on_disk
-from kaf_model.unet import SegmentationNetwork
 from kaf_model.volume import Volume
 from kaf_model.volume_write import smallest_type
 
 Result = TypeVar("Result")
-
-_FLIPS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
 
 
 @dataclass(frozen=True)
@@ -44,46 +41,6 @@ class Segmentation:
     labels: NDArray[np.integer]
     probabilities: NDArray[np.float16] | None = None
     uncertainty: NDArray[np.float16] | None = None
-
-
-def predict_slices(
-    network: SegmentationNetwork | InferenceNetwork,
-    images: NDArray[np.float32],
-    keypoints: Sequence[NDArray[np.float32]],
-    device: torch.device,
-    *,
-    flips: bool = False,
-) -> Tensor:
-    """Class probabilities of normalised slices of one size.
-
-    Args:
-        network: On `device`. One that is not folded is folded here, at every call.
-        images: (n, H, W) any size; padded here to what the network needs.
-        keypoints: Positions (N_i, 2) of each slice.
-        device: Where the network is.
-        flips: Average over mirrored copies.
-
-    Returns:
-        (n, K, H, W) float32 on `device`.
-    """
-    if isinstance(network, SegmentationNetwork):
-        network = InferenceNetwork(network)
-    height, width = images.shape[1:]
-    padded = pad_to_multiple(torch.from_numpy(images)[:, None].to(device), 16)
-    padded = padded.contiguous(memory_format=torch.channels_last)
-    positions, valid = (tensor.to(device) for tensor in pad_keypoints(keypoints))
-    size = torch.tensor(padded.shape[2:], device=device)
-    total: Tensor | None = None
-    with torch.inference_mode():
-        for axes in _FLIPS if flips else _FLIPS[:1]:
-            mirrored = positions.clone()
-            for axis in axes:
-                mirrored[..., axis - 2] = size[axis - 2] - 1 - mirrored[..., axis - 2]
-            logits = network(padded.flip(axes) if axes else padded, mirrored, valid)
-            probabilities = (logits.flip(axes) if axes else logits).softmax(1)
-            total = probabilities if total is None else total + probabilities
-    assert total is not None
-    return crop_to(total / (len(_FLIPS) if flips else 1), (height, width))
 
 
 def segment(
@@ -116,6 +73,10 @@ def segment(
         OutOfMemory: If not even one slice fits the device; before, batches are made smaller.
     """
     config = config or SegmentConfig()
+    if (
+        slices is not None or propagation is not None
+    ):  # a look at some, or slices as the model has learnt them
+        config = config.override(orientation="fixed")
     stack = Slices(volume, model.slices)
     wanted = list(range(volume.num_slices)) if slices is None else sorted(set(slices))
     values = np.array([label.value for label in model.classes])
@@ -135,8 +96,11 @@ def segment(
         done += len(rows)
         yield Progress("segmenting", done, len(wanted), message=message)
     if slices is None and config.largest_component != "none":
-        learned = [label.value for label in model.classes if label.one_piece]
-        keep_largest_components(labels, learned if config.largest_component == "learned" else None)
+        learned = None
+        if config.largest_component == "learned":
+            learned = [label.value for label in model.classes if label.one_piece]
+            keep_together(labels, [label.value for label in model.classes if label.together])
+        keep_largest_components(labels, learned)
     if propagation is not None:
         propagation.case.put_back(labels, propagation.values, wanted)
     release_memory()
@@ -155,17 +119,29 @@ def _predictions(
     detector = make_detector(model.keypoints) if model.config.reads_keypoints else None
     network = InferenceNetwork(model.network)
 
-    def predicted(batch: slice) -> tuple[list[int], Tensor]:
-        rows = list(wanted[batch])
+    told = config.batch_size or slices_at_once(model.device)
+
+    def network_maps(rows: Sequence[int], angles: Sequence[float]) -> Tensor:
         images = stack.images(rows)
         found = list(iter_detect(images, detector, cache=cache)) if detector else []
         positions = [keypoints.positions for keypoints in found] or [np.zeros((0, 2), np.float32)] * len(rows)
-        maps = predict_slices(network, images, positions, model.device, flips=config.flips)
+        return predict_slices(network, images, positions, model.device, flips=config.flips, angles=angles)
+
+    def some(angle: float) -> Iterator[Tensor]:
+        few = [wanted[place] for place in sampled(len(wanted))]
+        parts = in_batches(len(few), told, lambda batch: network_maps(few[batch], [angle]))
+        return (maps for _batch, maps, _size in parts)
+
+    angle = 0.0 if config.orientation == "fixed" else best_angle(some)
+    angles = angles_at(angle, config.orientation)
+
+    def predicted(batch: slice) -> tuple[list[int], Tensor]:
+        rows = list(wanted[batch])
+        maps = network_maps(rows, angles)
         if propagation is not None and config.propagation:
             maps = propagation.fused(maps, rows, config.propagation)
         return rows, stack.to_source(maps)
 
-    told = config.batch_size or slices_at_once(model.device)
     for _batch, (rows, maps), size in in_batches(len(wanted), told, predicted):
         message = f"memory ran out: slices are now segmented {size} at a time" if size < told else ""
         told = size

@@ -48,6 +48,11 @@ _PIECES = {
     "all": "the largest of every class",
     "none": "all of them",
 }
+_ORIENTATIONS = {
+    "best": "turned as the model knows them",
+    "average": "turned, averaged over three angles",
+    "fixed": "as they lie",
+}
 
 
 class SegmentWidget(Panel):
@@ -135,6 +140,7 @@ class SegmentWidget(Panel):
         config = SegmentConfig(
             uncertainty=self.uncertainty.isChecked(),
             largest_component=self.pieces.currentData(),
+            orientation=self.orientation.currentData(),
             flips=self.flips.isChecked(),
         )
         if self.source.currentIndex() == _OPEN:
@@ -155,6 +161,7 @@ class SegmentWidget(Panel):
     def _make_options(self) -> QFormLayout:
         form = QFormLayout()
         self.pieces = choice_box(SegmentConfig, "largest_component", _PIECES)
+        self.orientation = choice_box(SegmentConfig, "orientation", _ORIENTATIONS)
         self.device = QComboBox()
         self.device.addItems(DEVICES)
         self.device.setCurrentText(settings().device)
@@ -163,6 +170,7 @@ class SegmentWidget(Panel):
         self.uncertainty = check_box(SegmentConfig, "uncertainty", "Uncertainty map")
         self.flips = check_box(SegmentConfig, "flips", "Average over mirrored slices")
         form.addRow("Pieces", self.pieces)
+        form.addRow("Slices", self.orientation)
         form.addRow("Device", self.device)
         form.addRow(self.uncertainty)
         form.addRow(self.flips)

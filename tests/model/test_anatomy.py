@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kaf_model.anatomy import keep_largest_components, values_in_one_piece
+from kaf_model.anatomy import keep_largest_components, keep_together, values_in_one_piece, values_together
 from kaf_model.labels import LabelledVolume, SliceStatus
 from kaf_model.volume import Volume
 
@@ -39,6 +39,84 @@ def test_a_speck_beside_a_structure_does_not_make_it_two():
     labels = painted()
     labels[:, 0, 15] = 2  # 1 of 21 pixels: 4.8 %
     assert 2 in values_in_one_piece([case(labels, dict.fromkeys(range(4), SliceStatus.COMPLETE))])
+
+
+def side_by_side():
+    """Values 1 and 2 lie against each other on each of three slices, 3 lies apart."""
+    labels = np.zeros((3, 12, 16), np.int16)
+    labels[:, 2:8, 2:5] = 1
+    labels[:, 2:8, 5:9] = 2
+    labels[:, 2:8, 11:14] = 3
+    return labels
+
+
+def test_structures_that_lie_against_each_other_are_told_from_those_that_lie_apart():
+    complete = dict.fromkeys(range(3), SliceStatus.COMPLETE)
+    cases = [case(side_by_side(), complete)]
+    assert values_together(cases, {1, 2}) == {1, 2}
+    assert values_together(cases, {1, 3}) == set()
+    assert values_together(cases, {1, 2, 3}) == set()
+    assert values_together(cases, {1}) == set()
+    assert values_together(cases, set()) == set()
+
+
+def test_slices_with_one_of_them_or_partial_ones_do_not_tell_what_lies_together():
+    labels = side_by_side()
+    labels[1][labels[1] == 1] = 0
+    statuses = {0: SliceStatus.COMPLETE, 1: SliceStatus.COMPLETE, 2: SliceStatus.PARTIAL}
+    assert values_together([case(labels, statuses)], {1, 2}) == set()
+    assert values_together([case(labels, statuses | {2: SliceStatus.COMPLETE})], {1, 2}) == {1, 2}
+
+
+def a_heart_and_an_organ():
+    """Values 1 to 3 lie together; far away is more of 1, and there are specks of 2 and 3."""
+    labels = np.zeros((4, 30, 30), np.int16)
+    labels[1:3, 4:8, 2:5] = 1
+    labels[1:3, 4:8, 5:8] = 2
+    labels[1:3, 4:8, 8:11] = 3
+    heart = labels > 0
+    labels[:, 15:29, 15:29] = 1
+    labels[0, 20, 2] = 2
+    labels[3, 25, 25] = 3  # within the organ
+    return labels, heart
+
+
+def test_an_organ_that_is_taken_for_one_of_them_is_left_out():
+    labels, heart = a_heart_and_an_organ()
+    expected = np.where(heart, labels, 0)
+    keep_together(labels, {1, 2, 3})
+    assert np.array_equal(labels, expected)
+
+
+def test_other_classes_stay_and_the_rest_becomes_what_was_asked():
+    labels, heart = a_heart_and_an_organ()
+    labels[0, 0, 0] = 9
+    before = labels.copy()
+    keep_together(labels, {1, 2, 3}, fill=-1)
+    assert labels[0, 0, 0] == 9
+    assert (labels[heart] == before[heart]).all()
+    assert (labels[~heart & (before > 0) & (before < 9)] == -1).all()
+    assert (labels[before == 0] == 0).all()
+
+
+def test_a_structure_that_would_vanish_is_left_as_it_is():
+    labels = np.zeros((1, 12, 16), np.int16)
+    labels[0, 2:6, 2:5] = 1
+    labels[0, 2:6, 5:8] = 2
+    labels[0, 2:6, 9:12] = 3  # a pixel away from the others
+    labels[0, 10, 14] = 1
+    expected = labels.copy()
+    expected[0, 10, 14] = 0
+    keep_together(labels, {1, 2, 3})
+    assert np.array_equal(labels, expected)
+
+
+def test_what_is_in_one_piece_or_not_there_stays():
+    labels = side_by_side()
+    for values in ({1, 2}, {7}, set()):
+        before = labels.copy()
+        keep_together(labels, values)
+        assert np.array_equal(labels, before)
 
 
 def test_the_largest_component_of_each_class_is_kept():

@@ -203,7 +203,8 @@ def test_the_tables_score_what_the_network_says(name: str) -> None:
     plan = load_plan(name)
     for row in plan.rows:
         recipe = row_recipe(plan, row)
-        assert (recipe.segment.largest_component, recipe.segment.propagation) == ("none", 0.0)
+        segment = recipe.segment
+        assert (segment.largest_component, segment.propagation, segment.orientation) == ("none", 0.0, "fixed")
         assert recipe.finetune.pseudo_labels.share == 0
 
 

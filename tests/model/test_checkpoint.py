@@ -77,7 +77,8 @@ def test_the_description_is_json_and_counts(tmp_path):
     described = json.loads(json.dumps(checkpoint.describe()))
     assert described["parameters"] == sum(p.numel() for p in build_network(CONFIG).parameters())
     assert described["parameters"] == count_parameters(checkpoint.weights)
-    assert described["classes"][1] == {"value": 5, "name": "Ventrículo «izq.»", "one_piece": False}
+    flags = {"one_piece": False, "together": False}
+    assert described["classes"][1] == {"value": 5, "name": "Ventrículo «izq.»", **flags}
     assert described["model"]["start_channels"] == 2
     assert described["format"] == FORMAT
 

@@ -52,10 +52,11 @@ from kaf_model.finetune import finetune
 from kaf_model.labels import ClassMap, LabelledVolume, SliceStatus
 from kaf_model.losses import IGNORED
 from kaf_model.phantom import make_heart
+from kaf_model.prediction import predict_slices
 from kaf_model.preparation import LabelledSlice, prepare_volumes
 from kaf_model.pretrain import pretrain
 from kaf_model.propagation import propagate
-from kaf_model.segment import predict_slices, segment, segment_volume
+from kaf_model.segment import segment, segment_volume
 from kaf_model.slices import Slices
 from kaf_model.training_files import resume_path
 from kaf_model.unet import build_network
@@ -910,13 +911,6 @@ def test_flips_are_the_mean_of_four_predictions(model):
     assert np.abs(one.astype(float) - four.astype(float)).max() > 1e-3
 
 
-def test_padding_for_the_network_is_cut_off_again(model):
-    images = np.random.default_rng(0).normal(size=(1, 45, 61)).astype(np.float32)
-    maps = predict_slices(model.network, images, [np.zeros((0, 2), np.float32)], model.device)
-    assert maps.shape == (1, 4, 45, 61)
-    assert torch.allclose(maps.sum(1), torch.ones(1, 45, 61), atol=1e-5)
-
-
 def test_only_the_asked_for_slices(model):
     volume = heart(7)[0]
     reports, some = run(segment(model, volume, slices=[2, 1, 2]))
@@ -928,7 +922,8 @@ def test_only_the_asked_for_slices(model):
 
 def test_segmentation_makes_smaller_batches_when_memory_runs_out(model, monkeypatch):
     volume = heart(7, num_slices=5)[0]
-    expected = segment_volume(model, volume)
+    fixed = SegmentConfig(orientation="fixed")
+    expected = segment_volume(model, volume, fixed)
     original = segment_module.predict_slices
     sizes = []
 
@@ -942,14 +937,14 @@ def test_segmentation_makes_smaller_batches_when_memory_runs_out(model, monkeypa
         return predict
 
     monkeypatch.setattr(segment_module, "predict_slices", limited_to(2))
-    reports, segmentation = run(segment(model, volume))
+    reports, segmentation = run(segment(model, volume, fixed))
     assert np.array_equal(segmentation.labels, expected)
     assert sizes == [2, 2, 1]
     (message,) = [report.message for report in reports if report.message]
     assert message == "memory ran out: slices are now segmented 2 at a time"
     monkeypatch.setattr(segment_module, "predict_slices", limited_to(0))
     with pytest.raises(OutOfMemory, match="a single slice does not fit"):
-        segment_volume(model, volume)
+        segment_volume(model, volume)  # already where an angle is looked for
 
 
 def test_finished_slices_are_kept_and_their_shapes_reach_the_others(model):
@@ -975,7 +970,9 @@ def test_finished_slices_are_kept_and_their_shapes_reach_the_others(model):
 
 def test_cleaning_is_an_option(model):
     volume = heart(7)[0]
-    bare = replace(model, classes=tuple(replace(label, one_piece=False) for label in model.classes))
+    bare = replace(
+        model, classes=tuple(replace(label, one_piece=False, together=False) for label in model.classes)
+    )
     none, learned, cleaned = (
         segment_volume(bare, volume, SegmentConfig(largest_component=which))
         for which in ("none", "learned", "all")
@@ -984,6 +981,65 @@ def test_cleaning_is_an_option(model):
     assert not np.array_equal(none, cleaned)
     keep_largest_components(none)
     assert np.array_equal(none, cleaned)
+
+
+def test_what_lies_apart_from_structures_that_lay_together_is_left_out(model, monkeypatch):
+    volume = heart(7)[0]
+
+    def predict(network, images, *_, **__):
+        maps = torch.zeros(len(images), 4, *images.shape[1:])
+        maps[:, 0] = 0.5
+        for channel, where in ((1, np.s_[2:8, 2:8]), (2, np.s_[2:8, 8:12]), (1, np.s_[20:40, 20:60])):
+            maps[(slice(None), channel, *where)] = 1
+        return maps
+
+    monkeypatch.setattr(segment_module, "predict_slices", predict)
+    values = [label.value for label in model.classes]
+    for together in (False, True):
+        flags = {"one_piece": True, "together": together}
+        classes = (model.classes[0], *(replace(label, **flags) for label in model.classes[1:]))
+        labels = segment_volume(replace(model, classes=classes), volume)
+        assert (labels[:, 2:8, 8:12] == values[2]).all()
+        assert (labels[:, 2:8, 2:8] == (values[1] if together else 0)).all()
+        assert (labels[:, 20:40, 20:60] == (0 if together else values[1])).all()
+    everything = segment_volume(
+        replace(model, classes=classes), volume, SegmentConfig(largest_component="none")
+    )
+    assert (everything[:, 20:40, 20:60] == values[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("orientation", "angles"), [("fixed", [0.0]), ("best", [240.0]), ("average", [240.0, 210.0, 270.0])]
+)
+def test_slices_are_segmented_at_the_angle_at_which_the_model_is_surest(
+    model, monkeypatch, orientation, angles
+):
+    volume, truth = heart(7, num_slices=12)
+    asked = []
+
+    def predict(network, images, keypoints, device, *, flips, angles):
+        asked.append((len(images), list(angles)))
+        maps = torch.full((len(images), 4, *images.shape[1:]), 0.1)
+        for channel in (1, 2, 3):
+            maps[:, channel, 8 * channel : 8 * channel + 8] = 0.9 if 240.0 in angles else 0.2
+        return maps / maps.sum(1, keepdim=True)
+
+    monkeypatch.setattr(segment_module, "predict_slices", predict)
+    config = SegmentConfig(orientation=orientation, batch_size=4)
+    tried = (
+        [(count, [60.0 * turn]) for turn in range(6) for count in (4, 1)] if orientation != "fixed" else []
+    )
+    _, whole = run(segment(model, volume, config))
+    assert asked == [*tried, *[(4, angles)] * 3]
+    assert (whole.labels[:, 8:32] > 0).all()
+    asked.clear()
+    run(segment(model, volume, config, slices=[3]))
+    assert asked == [(1, [0.0])]
+    asked.clear()
+    case = LabelledVolume(volume, np.where(np.arange(12)[:, None, None] == 5, truth, 0), {5: COMPLETE})
+    _, carried = run(propagate(case, [label.value for label in model.classes], model.slices))
+    run(segment(model, volume, config, propagation=carried))
+    assert asked == [(4, [0.0])] * 3
 
 
 def test_slices_are_normalised_as_in_training(model):

@@ -63,9 +63,9 @@ def sure_of(channel, probability=0.9, where=(slice(0, 8), slice(0, 8))):
     return predict
 
 
-def renewed(pool, predict, monkeypatch, *, one_piece=frozenset(), config=CONFIG):
+def renewed(pool, predict, monkeypatch, *, one_piece=frozenset(), together=frozenset(), config=CONFIG):
     monkeypatch.setattr(pseudo_labels, "predict_slices", predict)
-    pseudo = PseudoLabels(pool, CLASSES, config, one_piece=one_piece, seed=0)
+    pseudo = PseudoLabels(pool, CLASSES, config, one_piece=one_piece, together=together, seed=0)
     finish(pseudo.renew(None, CPU, 0.5))
     return pseudo
 
@@ -122,6 +122,39 @@ def test_pieces_apart_from_a_structure_in_one_piece_are_left_out(monkeypatch):
     assert (whole.slices[0].labels[30, 40:44] == IGNORED).all()
     either = renewed(pool_of([case]), predict, monkeypatch, one_piece=frozenset({7}))
     assert (either.slices[0].labels[30, 40:44] == 1).all()
+
+
+def test_what_the_model_is_unsure_of_does_not_cut_a_structure_in_two(monkeypatch):
+    def predict(network, images, positions, device):
+        maps = sure_of(1)(network, images, positions, device)
+        maps[:, 0, :8, 8:10], maps[:, 1, :8, 8:10] = 0.4, 0.6
+        maps[:, 0, :8, 10:12], maps[:, 1, :8, 10:12] = 0.1, 0.9
+        return maps
+
+    case = LabelledVolume(volume(3), np.zeros((3, 32, 48), np.int16), {1: EMPTY})
+    found = renewed(pool_of([case]), predict, monkeypatch, one_piece=frozenset({4})).slices[0].labels
+    assert (found[:8, :8] == 1).all()
+    assert (found[:8, 8:10] == IGNORED).all()
+    assert (found[:8, 10:12] == 1).all()
+
+
+def test_what_lies_apart_from_structures_that_lie_together_is_left_out(monkeypatch):
+    def predict(network, images, positions, device):
+        maps = sure_of(1)(network, images, positions, device)
+        for channel, where in ((2, np.s_[:8, 8:12]), (1, np.s_[12:32, 20:48])):  # beside it; a larger organ
+            maps[(slice(None), slice(None), *where)] = 0
+            maps[(slice(None), channel, *where)] = 1
+        return maps
+
+    case = LabelledVolume(volume(3), np.zeros((3, 32, 48), np.int16), {1: EMPTY})
+    both = frozenset({4, 7})
+    found = renewed(pool_of([case]), predict, monkeypatch, one_piece=both, together=both).slices[0].labels
+    assert (found[:8, :8] == 1).all()
+    assert (found[:8, 8:12] == 2).all()
+    assert (found[12:, 20:] == IGNORED).all()
+    apart = renewed(pool_of([case]), predict, monkeypatch, one_piece=both).slices[0].labels
+    assert (apart[:8, :8] == IGNORED).all()
+    assert (apart[12:, 20:] == 1).all()
 
 
 def test_each_round_labels_as_many_slices_as_asked_and_may_choose_other_volumes(monkeypatch):

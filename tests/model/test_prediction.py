@@ -1,0 +1,163 @@
+"""Slices turned for the network and back, and the angle at which it agrees with itself."""
+
+import numpy as np
+import pytest
+import torch
+
+from kaf_model.prediction import STEP, angles_at, best_angle, predict_slices, sampled
+
+CPU = torch.device("cpu")
+
+
+class Pixelwise:
+    """A network's stand-in: class 1 where a pixel is bright; remembers what it was shown."""
+
+    def __call__(self, images, positions, valid):
+        self.images, self.positions, self.valid = images, positions, valid
+        return torch.cat([-images, images], dim=1)
+
+
+class Corner(Pixelwise):
+    """Sure of class 1 in the bright half of a slice if that lies on top, else in doubt about all of it."""
+
+    def __call__(self, images, positions, valid):
+        sharp = 8.0 if images[:, :, :10].mean() > images[:, :, -10:].mean() + 1.8 else 0.3
+        return sharp * super().__call__(images, positions, valid)
+
+
+def smooth_slices(count=2, shape=(40, 60)):
+    """Slices that are black at the edges, so that nothing is repeated."""
+    y, x = np.mgrid[: shape[0], : shape[1]] / np.array(shape).reshape(2, 1, 1)
+    window = np.sin(np.pi * y) * np.sin(np.pi * x)
+    waves = [np.cos(3 * y + number) * np.sin(4 * x + number) for number in range(count)]
+    return (window * np.stack(waves)).astype(np.float32)
+
+
+def nothing(images):
+    return [np.zeros((0, 2), np.float32)] * len(images)
+
+
+def test_padding_for_the_network_is_cut_off_again():
+    images = np.random.default_rng(0).normal(size=(1, 45, 61)).astype(np.float32)
+    network = Pixelwise()
+    maps = predict_slices(network, images, nothing(images), CPU)
+    assert network.images.shape == (1, 1, 48, 64)
+    assert torch.equal(maps, torch.from_numpy(np.stack([-images, images], 1)).softmax(1))
+
+
+@pytest.mark.parametrize("angle", [90, 180, 270, -90, 450])
+@pytest.mark.parametrize("shape", [(48, 48), (32, 48)])
+def test_right_angles_are_exact(angle, shape):
+    images = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+    network = Pixelwise()
+    maps = predict_slices(network, images, nothing(images), CPU, angles=[angle])
+    clockwise = torch.from_numpy(np.rot90(images, -angle // 90, axes=(1, 2)).copy())
+    torch.testing.assert_close(network.images[:, 0], clockwise, atol=1e-4, rtol=0)
+    torch.testing.assert_close(maps, predict_slices(network, images, nothing(images), CPU), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("angle", [30, 77, -150])
+def test_what_is_turned_comes_back(angle):
+    images = smooth_slices()
+    network = Pixelwise()
+    maps = predict_slices(network, images, nothing(images), CPU, angles=[angle])
+    height, width = network.images.shape[2:]
+    assert height % 16 == width % 16 == 0
+    assert min(height, width) > 40  # nothing is cut off
+    expected = predict_slices(network, images, nothing(images), CPU)
+    assert (maps - expected).abs().max() < 0.01
+    assert (maps.sum(1) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("angle", [0, 60, 90, -140])
+def test_keypoints_turn_with_their_slice(angle):
+    images = smooth_slices()
+    points = np.array([[20.0, 30.0], [12.25, 40.5], [30.0, 11.0]], np.float32)
+    network = Pixelwise()
+    predict_slices(network, images, [points, points[:1]], CPU, angles=[angle])
+    assert network.valid.tolist() == [[True] * 3, [True, False, False]]
+    turned = network.images[0, 0]
+    for (y, x), (turned_y, turned_x) in zip(points, network.positions[0].tolist(), strict=True):
+        there = torch.tensor(images[0])[None, None], turned[None, None]
+        values = []
+        for picture, (row, column) in zip(there, ((y, x), (turned_y, turned_x)), strict=True):
+            high, wide = picture.shape[2:]
+            at = torch.tensor([(2 * column + 1) / wide - 1, (2 * row + 1) / high - 1]).view(1, 1, 1, 2)
+            values.append(torch.nn.functional.grid_sample(picture, at.float(), align_corners=False).item())
+        assert values[0] == pytest.approx(values[1], abs=0.01)
+
+
+def test_copies_are_averaged():
+    images = smooth_slices()
+    network = Pixelwise()
+    parts = [predict_slices(network, images, nothing(images), CPU, angles=[a]) for a in (0, 30, -30)]
+    together = predict_slices(network, images, nothing(images), CPU, angles=[0, 30, -30])
+    torch.testing.assert_close(together, torch.stack(parts).mean(0))
+
+
+def half_bright(angle=0):
+    """A slice whose upper half is bright, turned clockwise."""
+    y, x = np.mgrid[:48, :48] - 23.5
+    up = np.cos(np.radians(angle)) * -y + np.sin(np.radians(angle)) * x
+    return np.where(up > 0, 1.0, -1.0).astype(np.float32)[None]
+
+
+@pytest.mark.parametrize("lies", [0, 60, 120, 180, 240, 300])
+def test_the_angle_of_most_agreement_is_found(lies):
+    images = half_bright(lies)
+
+    def predict(angle):
+        return [predict_slices(Corner(), images, nothing(images), CPU, angles=[angle])]
+
+    assert (best_angle(predict) + lies) % 360 == 0
+
+
+def maps_sure_of(*probabilities):
+    """(1, K, 2, 2) maps in which a pixel each shows each structure with that probability."""
+    maps = torch.zeros(1, 1 + len(probabilities), 2, 2)
+    for place, probability in enumerate(probabilities):
+        maps[0, 1 + place, 0, place] = probability
+    maps[:, 0] = 1 - maps[:, 1:].sum(1)
+    return maps
+
+
+def test_for_a_little_more_agreement_slices_stay_as_they_lie():
+    assert best_angle(lambda angle: [maps_sure_of(0.9 if angle == 180 else 0.88)]) == 0
+    assert best_angle(lambda angle: [maps_sure_of(0.98 if angle == 180 else 0.7)]) == 180
+
+
+def test_neighbouring_angles_have_a_say():
+    sure = {0: 0.7, 60: 0.95, 120: 0.5, 180: 0.9, 240: 0.93, 300: 0.9}
+    assert best_angle(lambda angle: [maps_sure_of(sure[angle])]) == 240
+
+
+def test_every_structure_counts_as_much_and_parts_count_together():
+    def predict(angle):
+        both = maps_sure_of(0.9, 0.9)
+        one = maps_sure_of(1.0, 0.0)
+        return [both[:, :, :1], both[:, :, 1:]] if angle == 120 else [one]
+
+    assert best_angle(predict) == 120
+
+
+def test_where_nothing_is_found_slices_stay_as_they_lie():
+    assert best_angle(lambda angle: [maps_sure_of(0.0, 0.0)]) == 0
+
+
+def test_angles_of_an_orientation():
+    assert angles_at(120, "best") == (120,)
+    assert sorted(angles_at(120, "average")) == [120 - STEP / 2, 120, 120 + STEP / 2]
+
+
+@pytest.mark.parametrize(
+    ("count", "places"),
+    [
+        (1, [0]),
+        (5, [0, 1, 2, 3, 4]),
+        (6, [1, 2, 3, 4, 5]),
+        (9, [1, 3, 4, 6, 7]),
+        (600, [100, 200, 300, 400, 500]),
+    ],
+)
+def test_the_slices_that_are_looked_at(count, places):
+    assert sampled(count) == places
