@@ -18,6 +18,8 @@ from kaf_model.errors import UserError
 from kaf_model.presets import PRESETS, PresetName
 from kaf_model.settings_layers import layered_recipe
 
+SECTIONS = tuple(Recipe.model_fields)
+
 
 @dataclass(frozen=True)
 class ChosenSettings:
@@ -61,6 +63,8 @@ def choose_settings(
     config: Path | None = None,
     assignments: Sequence[str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    reads: Sequence[str] = SECTIONS,
 ) -> ChosenSettings:
     """Lay the settings of a command line over those of a preset.
 
@@ -69,15 +73,16 @@ def choose_settings(
         config: YAML file with sections of fields.
         assignments: "section.field=value" each.
         options: Values of explicit options by section and field; None means the option was not given.
+        reads: Sections that the command reads. A file may hold others, for other commands; an assignment may not.
 
     Raises:
-        UserError: On an unknown preset, key or value, naming it.
+        UserError: On an unknown preset, key or value, or an assignment that would change nothing, naming it.
     """
     name = preset_name(preset)
     layers: list[dict[str, Any]] = []
     if config is not None:
         layers.append(_read_config(config))
-    layers.append(_assigned(assignments or ()))
+    layers.append(_assigned(assignments or (), reads))
     layers.append(
         {
             section: {field: value for field, value in fields.items() if value is not None}
@@ -134,13 +139,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
+def _assigned(assignments: Sequence[str], reads: Sequence[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for text in assignments:
         path, equals, written = text.partition("=")
         names = path.strip().split(".")
         if not equals or len(names) < 2 or not all(names):
             raise UserError(f"--set wants SECTION.FIELD=VALUE, e.g. finetune.steps=500; got {text!r}")
+        if names[0] in SECTIONS and names[0] not in reads:
+            raise UserError(f"--set {text} would change nothing: this command reads {', '.join(reads)}")
         node = tree
         for name in names[:-1]:
             node = node.setdefault(name, {})

@@ -47,7 +47,11 @@ def pretrain(
     seconds = options.parse_duration(time_budget) if time_budget is not None else None
     given = {"steps": steps, "time_budget": seconds, "seed": seed}
     recipe = choose_settings(
-        preset, config, assignments, {"pretrain": given, "model": {"architecture": network}}
+        preset,
+        config,
+        assignments,
+        {"pretrain": given, "model": {"architecture": network}},
+        reads=("slices", "keypoints", "model", "pretrain"),
     ).recipe
 
     from kaf_model.keypoints import KeypointCache
@@ -146,7 +150,11 @@ def finetune(
     seconds = options.parse_duration(time_budget) if time_budget is not None else None
     given = {"steps": steps, "time_budget": seconds, "seed": seed, "holdout": holdout}
     chosen = choose_settings(
-        preset, config, assignments, {"finetune": given, "model": {"architecture": network}}
+        preset,
+        config,
+        assignments,
+        {"finetune": given, "model": {"architecture": network}},
+        reads=("slices", "keypoints", "model", "finetune"),
     )
     marks = options.slice_marks(slices, partial, empty)
     names = [name for text in cases for name in text.split(",")] if cases is not None else None

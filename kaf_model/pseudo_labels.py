@@ -143,7 +143,8 @@ class PseudoLabels:
         classes: Channels.
         config: When, how many, how sure.
         one_piece: Label values of which only the largest piece of a prediction is believed.
-        together: Label values of which only what is in one piece with most of the others is believed.
+        together: Label values of which only what is in one piece with most of the others is believed; the rest is
+            taken for background.
         labelled: (H, W) channels of the labelled slices, or IGNORED.
         seed: Of the choice of volumes.
     """
@@ -260,11 +261,11 @@ class PseudoLabels:
     def _settle(
         self, volume: UnlabelledVolume, labels: NDArray[np.int16], sure: NDArray[np.bool_]
     ) -> NDArray[np.int16]:
-        """Put in what a person painted, and leave out pieces apart from where structures are, and what is unsure."""
+        """Put in what a person painted, and leave out what lies apart from its structure, or is unsure."""
         if volume.known is not None:
             labels = np.where(volume.known == IGNORED, labels, volume.known).astype(np.int16)
             sure = sure | (volume.known != IGNORED)
-        keep_together(labels, self._together, fill=IGNORED)
+        keep_together(labels, self._together)
         keep_largest_components(labels, self._one_piece, fill=IGNORED)
         settled: NDArray[np.int16] = np.where(sure, labels, np.int16(IGNORED))
         return settled

@@ -35,20 +35,28 @@ from kaf_model.segment_files import plan_outputs
 from kaf_model.training_files import resume_path
 
 SHAPE, SPACING = (5, 48, 64), (8.0, 3.0, 3.0)
-TINY = [
+_TINY = [
     *("--set", "model.start_channels=4"),
     *("--set", "model.embedding_width=8"),
     *("--set", "model.heads=2"),
     *("--set", "model.attention_blocks=1"),
     *("--set", "slices.spacing=none"),
-    *("--set", "pretrain.batch_size=2"),
-    *("--set", "pretrain.sinkhorn_iterations=5"),
-    *("--set", "pretrain.projection_width=16"),
-    *("--set", "pretrain.augment.crop=48,48"),
-    *("--set", "finetune.batch_size=2"),
-    *("--set", "finetune.augment.crop=48,48"),
     *("--device", "cpu"),
 ]
+TINY = {
+    "pretrain": [
+        *_TINY,
+        *("--set", "pretrain.batch_size=2"),
+        *("--set", "pretrain.sinkhorn_iterations=5"),
+        *("--set", "pretrain.projection_width=16"),
+        *("--set", "pretrain.augment.crop=48,48"),
+    ],
+    "finetune": [
+        *_TINY,
+        *("--set", "finetune.batch_size=2"),
+        *("--set", "finetune.augment.crop=48,48"),
+    ],
+}
 EXACT = ["--precision", "float32"]
 
 
@@ -110,7 +118,17 @@ def models(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     pretrained = folder / "pretrained.safetensors"
     assert (
-        main(["pretrain", str(cohort / "unlabelled/images"), "-o", str(pretrained), "--steps", "2", *TINY])
+        main(
+            [
+                "pretrain",
+                str(cohort / "unlabelled/images"),
+                "-o",
+                str(pretrained),
+                "--steps",
+                "2",
+                *TINY["pretrain"],
+            ]
+        )
         == 0
     )
     line = ["finetune", *labelled(cohort), "--slices", "heart_100:1,2,3", "--start", str(pretrained)]
@@ -149,6 +167,13 @@ def finish(process: subprocess.Popen[str], so_far: str = "") -> Run:
 
 
 # --- the main job ------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_orientation_is_named(cohort: Path, models: Path, tmp_path: Path, kaf: Kaf) -> None:
+    line = ("segment", cohort / "images", "--model", models / "model.safetensors", "-o", tmp_path / "out")
+    run = kaf(*line, "--orientation", "sideways")
+    assert_one_error_line(run, "segment.orientation", "'fixed', 'best' or 'average', got 'sideways'")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_main_job_on_files(cohort: Path, models: Path, tmp_path: Path, kaf: Kaf) -> None:
@@ -318,7 +343,9 @@ def test_segment_keeps_empty_slices_also_if_they_are_all_that_is_finished(
 def test_a_training_says_where_the_file_is_and_how_it_went(cohort: Path, tmp_path: Path, kaf: Kaf) -> None:
     target = tmp_path / "new" / "pretrained.safetensors"
     files = sorted((cohort / "unlabelled/images").iterdir())
-    run = kaf("pretrain", *files, "-o", target, "--steps", 3, "--seed", 7, "--preset", "small", *TINY)
+    run = kaf(
+        "pretrain", *files, "-o", target, "--steps", 3, "--seed", 7, "--preset", "small", *TINY["pretrain"]
+    )
     assert (run.code, run.err) == (0, "")
     assert f"wrote {target}: 3 steps" in run.out
     assert {"total", "pcl", "global", "local"} == set(run.losses)
@@ -355,7 +382,7 @@ def test_labelled_slices_mean_what_was_said(cohort: Path, tmp_path: Path, kaf: K
     target = tmp_path / "model.safetensors"
     line = ["finetune", *labelled(cohort), "--cases", "heart_100.nii.gz,heart_101", "-o", target]
     line += ["--slices", "heart_100:1-2", "--partial", "heart_101:3", "--network", "unet", "--steps", "2"]
-    line += ["--holdout", "0.3", *TINY]
+    line += ["--holdout", "0.3", *TINY["finetune"]]
     run = kaf(*line)
     assert (run.code, run.err) == (0, "")
     assert "best Dice on held-out slices" in run.out
@@ -373,7 +400,7 @@ def test_without_slices_every_slice_of_a_chosen_case_counts(cohort: Path, tmp_pa
     classes = "1=RV,2=MYO,3=LV"
     run = kaf(
         *("finetune", *labelled(cohort), "--cases", "heart_101", "-o", target, "--steps", 2),
-        *("--classes", classes, *TINY),
+        *("--classes", classes, *TINY["finetune"]),
     )
     assert run.code == 0
     content = json.loads(kaf("info", target, "--json").out)
@@ -390,7 +417,7 @@ def test_class_names_come_from_dataset_json_above_the_labels(cohort: Path, tmp_p
     target = tmp_path / "model.safetensors"
     run = kaf(
         *("finetune", "--images", cohort / "images", "--labels", labels, "-o", target),
-        *("--slices", "heart_100:2", "--steps", 1, *TINY),
+        *("--slices", "heart_100:2", "--steps", 1, *TINY["finetune"]),
     )
     assert run.code == 0
     assert "without label map: heart_101" in run.out
@@ -404,7 +431,7 @@ def test_what_cannot_be_read_is_named_and_passed_over(
     mixed.mkdir()
     (mixed / "good.nii.gz").write_bytes((cohort / "images/heart_100.nii.gz").read_bytes())
     (mixed / "broken.nii.gz").write_bytes(b"not a volume")
-    run = kaf("pretrain", mixed, "-o", tmp_path / "p.safetensors", "--steps", 1, *TINY)
+    run = kaf("pretrain", mixed, "-o", tmp_path / "p.safetensors", "--steps", 1, *TINY["pretrain"])
     assert run.code == 0
     assert "passed over broken.nii.gz" in run.out
     assert "of 1 of 2 volumes" in run.out
@@ -513,7 +540,15 @@ def test_a_budget_that_is_given_replaces_those_of_the_preset(
 def test_options_of_finetune_and_evaluate_reach_the_engine(cohort: Path, tmp_path: Path, kaf: Kaf) -> None:
     target, config = tmp_path / "m.safetensors", tmp_path / "settings.yaml"
     config.write_text("finetune: {pseudo_labels: {least_slices: 1}}")
-    line = ("finetune", *labelled(cohort), "--slices", "heart_100:1,2", "--network", "unet", *TINY)
+    line = (
+        "finetune",
+        *labelled(cohort),
+        "--slices",
+        "heart_100:1,2",
+        "--network",
+        "unet",
+        *TINY["finetune"],
+    )
     run = kaf(
         *line, "--unlabelled", cohort / "unlabelled/images", "--config", config, "-o", target, "--steps", 2
     )
@@ -567,6 +602,27 @@ def test_one_of_several_frames_is_read_along_the_axis_that_was_asked_for(
 )
 def test_a_wrong_setting_is_named(assignment: str, words: str, kaf: Kaf) -> None:
     assert_one_error_line(kaf("settings", "--set", assignment), words)
+
+
+@pytest.mark.parametrize(("command", "other"), [("pretrain", "finetune"), ("finetune", "pretrain")])
+def test_what_is_set_for_another_command_is_refused(
+    command: str, other: str, tmp_path: Path, kaf: Kaf
+) -> None:
+    inputs = ["nowhere"] if command == "pretrain" else ["--images", "nowhere", "--labels", "nowhere"]
+    line = (command, *inputs, "-o", tmp_path / "m.safetensors", "--set")
+    run = kaf(*line, f"{other}.steps=5")
+    assert_one_error_line(
+        run, f"--set {other}.steps=5 would change nothing", f"reads slices, keypoints, model, {command}"
+    )
+    assert_one_error_line(kaf(*line, f"{command}.step=5"), f"there is no setting {command}.step")
+    assert_one_error_line(kaf(*line, "fintune.steps=5"), "there is no section fintune")
+
+
+def test_a_file_may_hold_the_settings_of_other_commands(tmp_path: Path) -> None:
+    path = tmp_path / "all.yaml"
+    path.write_text("pretrain: {steps: 5}\nfinetune: {steps: 7}\n")
+    recipe = choose_settings(config=path, reads=("model", "finetune")).recipe
+    assert (recipe.pretrain.steps, recipe.finetune.steps) == (5, 7)
 
 
 def test_wrong_values_of_options_are_named(tmp_path: Path, kaf: Kaf) -> None:
@@ -728,12 +784,12 @@ def test_volumes_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> 
 def test_images_taken_for_labels_are_noticed(cohort: Path, tmp_path: Path, kaf: Kaf) -> None:
     target = tmp_path / "m.safetensors"
     same = ("--images", cohort / "images", "--labels", cohort / "images")
-    assert_one_error_line(kaf("finetune", *same, "-o", target, *TINY), "are the same folder")
+    assert_one_error_line(kaf("finetune", *same, "-o", target, *TINY["finetune"]), "are the same folder")
     swapped = ("--images", cohort / "labels", "--labels", cohort / "images")
     for path in (cohort / "images").iterdir():
         assert np.unique(nib.load(path).dataobj).size > 257
     assert_one_error_line(
-        kaf("finetune", *swapped, "-o", target, *TINY), "as if images were taken for labels"
+        kaf("finetune", *swapped, "-o", target, *TINY["finetune"]), "as if images were taken for labels"
     )
 
 
@@ -767,7 +823,17 @@ def test_what_is_unexpected_is_one_line_and_a_traceback_only_when_asked(
 def test_a_loss_that_is_not_a_number_ends_with_its_one_line(cohort: Path, tmp_path: Path, kaf: Kaf) -> None:
     target = tmp_path / "m.safetensors"
     run = kaf(
-        *("finetune", *labelled(cohort), "-o", target, "--slices", "heart_100:2", "--steps", 20, *TINY),
+        *(
+            "finetune",
+            *labelled(cohort),
+            "-o",
+            target,
+            "--slices",
+            "heart_100:2",
+            "--steps",
+            20,
+            *TINY["finetune"],
+        ),
         *(
             "--set",
             "finetune.learning_rate=1e30",
@@ -790,12 +856,12 @@ def test_a_training_replaces_neither_its_start_nor_one_that_waits(
 ) -> None:
     start = tmp_path / "start.safetensors"
     shutil.copy(models / "model.safetensors", start)
-    line = ("finetune", *labelled(cohort), "--slices", "heart_100:1,2", "--steps", 2, *TINY)
+    line = ("finetune", *labelled(cohort), "--slices", "heart_100:1,2", "--steps", 2, *TINY["finetune"])
     again = kaf(*line, "--start", start, "-o", start)
     assert_one_error_line(again, "is the start and would be overwritten")
     resume_path(start).touch()
     assert_one_error_line(kaf(*line, "-o", start), "is of an interrupted training: go on with --resume")
-    anew = kaf("pretrain", cohort / "unlabelled/images", "-o", start, "--steps", 2, *TINY)
+    anew = kaf("pretrain", cohort / "unlabelled/images", "-o", start, "--steps", 2, *TINY["pretrain"])
     assert_one_error_line(anew, "is of an interrupted training: go on with --resume")
     assert start.read_bytes() == (models / "model.safetensors").read_bytes()
 
@@ -807,7 +873,7 @@ def test_an_interrupted_training_goes_on_to_the_same_result(
     inputs = [str(cohort / "unlabelled/images")]
     if command == "finetune":
         inputs = [*labelled(cohort), "--slices", "heart_100:1,2,3"]
-    line = [command, *inputs, "--steps", "60", *TINY, *EXACT, "-o"]
+    line = [command, *inputs, "--steps", "60", *TINY[command], *EXACT, "-o"]
     whole = kaf(*line, tmp_path / "whole.safetensors")
     assert whole.code == 0
 
@@ -865,7 +931,16 @@ def test_a_second_signal_aborts_at_once() -> None:
 
 def test_two_processes_train_as_one(cohort: Path, tmp_path: Path, kaf: Kaf) -> None:
     sgd = ("--set", "pretrain.optimizer=sgd")  # Adam makes much of the last digit of a small gradient
-    line = ["pretrain", str(cohort / "unlabelled/images"), "--steps", "3", *TINY, *EXACT, *sgd, "-o"]
+    line = [
+        "pretrain",
+        str(cohort / "unlabelled/images"),
+        "--steps",
+        "3",
+        *TINY["pretrain"],
+        *EXACT,
+        *sgd,
+        "-o",
+    ]
     one = kaf(*line, tmp_path / "one.safetensors")
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kaf_model")
     two = finish(in_a_process([*line, str(tmp_path / "two.safetensors")], *launcher))

@@ -23,19 +23,17 @@ from kaf_model.phantom import write_cohort
 from kaf_model.volume import read_labels, read_volume
 
 SHAPE, SPACING = (5, 41, 60), (8.0, 3.0, 3.0)
+DETECTION = ["--set", "slices.spacing=none", "--set", "keypoints.contrast_threshold=0.01"]
 TINY = [
     *("--set", "model.start_channels=4"),
     *("--set", "model.embedding_width=8"),
     *("--set", "model.heads=2"),
     *("--set", "model.attention_blocks=1"),
-    *("--set", "slices.spacing=none"),
-    *("--set", "keypoints.contrast_threshold=0.01"),
+    *DETECTION,
     *("--set", "pretrain.batch_size=2"),
     *("--set", "pretrain.sinkhorn_iterations=5"),
     *("--set", "pretrain.projection_width=16"),
     *("--set", "pretrain.augment.crop=48,48"),
-    *("--set", "finetune.batch_size=2"),
-    *("--set", "finetune.augment.crop=48,48"),
     *("--device", "cpu"),
 ]
 Kaf = Callable[..., tuple[int, str, str]]
@@ -105,7 +103,7 @@ def test_keypoints(kaf: Kaf, folder: Path, tmp_path: Path) -> None:
     out = assert_written(
         path,
         kaf(
-            "figure", "keypoints", volume(folder), "-o", path, "--slices", "1-2", "--orientation", *TINY[8:12]
+            "figure", "keypoints", volume(folder), "-o", path, "--slices", "1-2", "--orientation", *DETECTION
         ),
     )
     assert [line.split(":")[0] for line in out.splitlines()[:2]] == ["slice 1", "slice 2"]

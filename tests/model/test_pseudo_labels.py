@@ -138,7 +138,7 @@ def test_what_the_model_is_unsure_of_does_not_cut_a_structure_in_two(monkeypatch
     assert (found[:8, 10:12] == 1).all()
 
 
-def test_what_lies_apart_from_structures_that_lie_together_is_left_out(monkeypatch):
+def test_what_lies_apart_from_structures_that_lie_together_is_background(monkeypatch):
     def predict(network, images, positions, device):
         maps = sure_of(1)(network, images, positions, device)
         for channel, where in ((2, np.s_[:8, 8:12]), (1, np.s_[12:32, 20:48])):  # beside it; a larger organ
@@ -151,7 +151,7 @@ def test_what_lies_apart_from_structures_that_lie_together_is_left_out(monkeypat
     found = renewed(pool_of([case]), predict, monkeypatch, one_piece=both, together=both).slices[0].labels
     assert (found[:8, :8] == 1).all()
     assert (found[:8, 8:12] == 2).all()
-    assert (found[12:, 20:] == IGNORED).all()
+    assert (found[12:, 20:] == 0).all()
     apart = renewed(pool_of([case]), predict, monkeypatch, one_piece=both).slices[0].labels
     assert (apart[:8, :8] == IGNORED).all()
     assert (apart[12:, 20:] == 1).all()

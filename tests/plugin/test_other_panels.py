@@ -99,6 +99,27 @@ def test_segment_an_open_volume_against_its_labels(
     assert float(rows[2]["reference_ml"]) == pytest.approx(expected, rel=1e-3)
 
 
+def test_segment_asks_for_the_orientation_that_was_chosen(open_panel, small_heart, model, qtbot, monkeypatch):
+    from kaf_model import segment
+
+    asked = []
+
+    def prediction(angle, orientation):
+        asked.append(orientation)
+        return (0.0,)
+
+    monkeypatch.setattr(segment, "angles_at", prediction)
+    _viewer, panel = open_panel("Segment", small_heart)
+    qtbot.waitUntil(lambda: panel.layers.count() == 1)
+    panel.model.add_file(model)
+    for orientation in ("best", "fixed", "average"):  # the first is there at first
+        if asked:
+            panel.orientation.setCurrentIndex(panel.orientation.findData(orientation))
+        panel.row.button.click()
+        finish(panel, qtbot)
+    assert asked == ["best", "fixed", "average"]
+
+
 @pytest.fixture
 def segment_panel(open_panel, small_heart, truth, model):
     """The panel on a heart of which slices 1 and 3 are complete, as painted in classes of the model's names."""
