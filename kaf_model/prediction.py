@@ -8,7 +8,7 @@ an angle is looked for at which the network agrees with itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -63,21 +63,28 @@ def predict_slices(
         return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
 
 
-def best_angle(predict: Callable[[float], Iterable[Tensor]]) -> float:
+def best_angle(predict: Callable[[float], Iterable[Tensor]]) -> Generator[tuple[int, int], None, float]:
     """Look for the angle at which a network agrees most with itself on slices of one volume.
 
-    That is the mean over structures of the soft Dice between the probabilities and the labels that they give,
+    That is the mean over structures of the soft Dice between its probabilities and the labels that they give,
     over all slices together, smoothed over neighbouring angles.
 
     Args:
         predict: Given an angle, the probabilities (n, K, H, W) of the slices that `sampled` chooses, in parts,
             as `predict_slices` gives them at that angle.
 
+    Yields:
+        Angles tried, and how many there will be.
+
     Returns:
         Degrees, clockwise; 0 where another angle is hardly better.
     """
     tried = np.arange(0.0, 360.0, STEP)
-    agreement = np.array([_agreement(predict(float(angle))) for angle in tried])
+    found = []
+    for angle in tried:
+        found.append(_agreement(predict(float(angle))))
+        yield len(found), len(tried)
+    agreement = np.array(found)
     smooth = (agreement + (np.roll(agreement, 1) + np.roll(agreement, -1)) / 2) / 2
     best = int(smooth.argmax())
     return float(tried[best]) if smooth[best] > smooth[0] + _LEAST_GAIN else 0.0

@@ -73,10 +73,8 @@ def segment(
         OutOfMemory: If not even one slice fits the device; before, batches are made smaller.
     """
     config = config or SegmentConfig()
-    if (
-        slices is not None or propagation is not None
-    ):  # a look at some, or slices as the model has learnt them
-        config = config.override(orientation="fixed")
+    if slices is not None or propagation is not None:
+        config = config.override(orientation="fixed")  # for a look at some, or as the model has learnt them
     stack = Slices(volume, model.slices)
     wanted = list(range(volume.num_slices)) if slices is None else sorted(set(slices))
     values = np.array([label.value for label in model.classes])
@@ -84,8 +82,10 @@ def segment(
     store = _MapStore()
     probabilities = store.empty((len(values), *volume.shape)) if config.probabilities else None
     uncertainty = store.empty(volume.shape) if config.uncertainty else None
+    network = _Network(model, stack, config, cache)
+    angle = 0.0 if config.orientation == "fixed" else (yield from network.best_angle(wanted))
     done = 0
-    for rows, maps, message in _predictions(model, stack, wanted, config, propagation, cache):
+    for rows, maps, message in network.maps(wanted, angles_at(angle, config.orientation), propagation):
         channels = maps.argmax(1).cpu().numpy()
         labels[rows] = values.astype(labels.dtype)[channels]
         if probabilities is not None:
@@ -107,45 +107,70 @@ def segment(
     return Segmentation(labels, probabilities, uncertainty)
 
 
-def _predictions(
-    model: Model,
-    stack: Slices,
-    wanted: Sequence[int],
-    config: SegmentConfig,
-    propagation: Propagation | None,
-    cache: KeypointCache | None,
-) -> Iterator[tuple[list[int], Tensor, str]]:
-    """Slices, their probabilities (n, K, Y, X) on the source grid, and what is to be told, batch after batch."""
-    detector = make_detector(model.keypoints) if model.config.reads_keypoints else None
-    network = InferenceNetwork(model.network)
+class _Network:
+    """A trained network, and the slices of the volume that it is asked about."""
 
-    told = config.batch_size or slices_at_once(model.device)
+    def __init__(
+        self, model: Model, stack: Slices, config: SegmentConfig, cache: KeypointCache | None
+    ) -> None:
+        self._network = InferenceNetwork(model.network)
+        self._detector = make_detector(model.keypoints) if model.config.reads_keypoints else None
+        self._device = model.device
+        self._stack = stack
+        self._config = config
+        self._cache = cache
+        self._at_once = config.batch_size or slices_at_once(model.device)
 
-    def network_maps(rows: Sequence[int], angles: Sequence[float]) -> Tensor:
-        images = stack.images(rows)
-        found = list(iter_detect(images, detector, cache=cache)) if detector else []
-        positions = [keypoints.positions for keypoints in found] or [np.zeros((0, 2), np.float32)] * len(rows)
-        return predict_slices(network, images, positions, model.device, flips=config.flips, angles=angles)
+    def best_angle(self, wanted: Sequence[int]) -> Generator[Progress, None, float]:
+        """Look on a few of some slices for the angle at which the network is surest."""
+        images, positions = self._read([wanted[place] for place in sampled(len(wanted))])
 
-    def some(angle: float) -> Iterator[Tensor]:
-        few = [wanted[place] for place in sampled(len(wanted))]
-        parts = in_batches(len(few), told, lambda batch: network_maps(few[batch], [angle]))
-        return (maps for _batch, maps, _size in parts)
+        def predict(angle: float) -> Iterator[Tensor]:
+            parts = in_batches(
+                len(images),
+                self._at_once,
+                lambda batch: predict_slices(
+                    self._network, images[batch], positions[batch], self._device, angles=[angle]
+                ),
+            )
+            return (maps for _batch, maps, _size in parts)
 
-    angle = 0.0 if config.orientation == "fixed" else best_angle(some)
-    angles = angles_at(angle, config.orientation)
+        work = best_angle(predict)
+        while True:
+            try:
+                tried, total = next(work)
+            except StopIteration as done:
+                angle: float = done.value
+                return angle
+            yield Progress("finding how it lies", tried, total)
 
-    def predicted(batch: slice) -> tuple[list[int], Tensor]:
-        rows = list(wanted[batch])
-        maps = network_maps(rows, angles)
-        if propagation is not None and config.propagation:
-            maps = propagation.fused(maps, rows, config.propagation)
-        return rows, stack.to_source(maps)
+    def maps(
+        self, wanted: Sequence[int], angles: Sequence[float], propagation: Propagation | None
+    ) -> Iterator[tuple[list[int], Tensor, str]]:
+        """Slices, their probabilities (n, K, Y, X) on the source grid, and what is to be told, batch after batch."""
+        told = self._at_once
 
-    for _batch, (rows, maps), size in in_batches(len(wanted), told, predicted):
-        message = f"memory ran out: slices are now segmented {size} at a time" if size < told else ""
-        told = size
-        yield rows, maps, message
+        def predicted(batch: slice) -> tuple[list[int], Tensor]:
+            rows = list(wanted[batch])
+            images, positions = self._read(rows)
+            maps = predict_slices(
+                self._network, images, positions, self._device, flips=self._config.flips, angles=angles
+            )
+            if propagation is not None and self._config.propagation:
+                maps = propagation.fused(maps, rows, self._config.propagation)
+            return rows, self._stack.to_source(maps)
+
+        for _batch, (rows, maps), size in in_batches(len(wanted), told, predicted):
+            message = f"memory ran out: slices are now segmented {size} at a time" if size < told else ""
+            told = size
+            yield rows, maps, message
+
+    def _read(self, rows: Sequence[int]) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        """Normalised slices (n, H, W), and the positions of their keypoints if the network reads any."""
+        images = self._stack.images(rows)
+        if self._detector is None:
+            return images, [np.zeros((0, 2), np.float32)] * len(rows)
+        return images, [found.positions for found in iter_detect(images, self._detector, cache=self._cache)]
 
 
 def slices_at_once(device: torch.device) -> int:

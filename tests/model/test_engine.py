@@ -1017,7 +1017,7 @@ def test_slices_are_segmented_at_the_angle_at_which_the_model_is_surest(
     volume, truth = heart(7, num_slices=12)
     asked = []
 
-    def predict(network, images, keypoints, device, *, flips, angles):
+    def predict(network, images, keypoints, device, *, angles, flips=False):
         asked.append((len(images), list(angles)))
         maps = torch.full((len(images), 4, *images.shape[1:]), 0.1)
         for channel in (1, 2, 3):
@@ -1029,7 +1029,10 @@ def test_slices_are_segmented_at_the_angle_at_which_the_model_is_surest(
     tried = (
         [(count, [60.0 * turn]) for turn in range(6) for count in (4, 1)] if orientation != "fixed" else []
     )
-    _, whole = run(segment(model, volume, config))
+    reports, whole = run(segment(model, volume, config))
+    stages = [(report.stage, report.step, report.total) for report in reports]
+    looked = [("finding how it lies", turn, 6) for turn in range(1, 7)] if orientation != "fixed" else []
+    assert stages == [*looked, *[("segmenting", done, 12) for done in (4, 8, 12)]]
     assert asked == [*tried, *[(4, angles)] * 3]
     assert (whole.labels[:, 8:32] > 0).all()
     asked.clear()
