@@ -100,7 +100,7 @@ def segment(
         typer.Option(
             "--orientation",
             metavar="fixed|best|average",
-            help="Slices as they lie, turned to the angle at which the model is surest, or averaged around it.",
+            help="Slices as they lie, turned to where the model contradicts itself least, or averaged around that.",
         ),
     ] = None,
     config: options.ConfigFile = None,

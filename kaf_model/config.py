@@ -464,8 +464,8 @@ class SegmentConfig(Settings):
     flips: bool = Field(False, description="Average over mirrored copies of each slice (4 times the work).")
     orientation: Orientation = Field(
         "best",
-        description="Segment slices as they lie (fixed), turned to the angle at which the model agrees most with "
-        "itself on five slices of the volume (best), or averaged over that angle and 30 degrees either way "
+        description="Segment slices as they lie (fixed), turned to the angle at which the model contradicts itself "
+        "least on five slices of the volume (best), or averaged over that angle and 30 degrees either way "
         "(average). Volumes with finished slices are segmented as they lie.",
     )
     largest_component: Literal["learned", "all", "none"] = Field(

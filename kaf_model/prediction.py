@@ -1,8 +1,8 @@
-"""What a network says of slices as they lie, mirrored, or turned to where it is surest.
+"""What a network says of slices as they lie, mirrored, or turned to where it contradicts itself least.
 
 A network that has learnt from few patients knows structures as they lay in those, give or take what it was
 augmented by. In another patient they may lie turned by a right angle, and half of a structure is missed. So
-an angle is looked for at which the network agrees with itself.
+an angle is looked for about which it makes no difference if slices are turned a little more.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from kaf_model.inference import InferenceNetwork
 from kaf_model.slices import crop_to, pad_to_multiple
 from kaf_model.unet import SegmentationNetwork
 
-STEP = 60.0
-"""Degrees between the angles that are tried: augmented by 30 either way, a network knows what is between two."""
+STEP = 30.0
+"""Degrees between angles that are tried or averaged over: what a network is augmented by either way."""
 
-_SPREAD = 30.0  # degrees either way over which a prediction is averaged
-_LEAST_GAIN = 0.02  # of agreement; for less slices stay as they are
+_LEAST_GAIN = 0.05  # of agreement; for less slices stay as they are
+_AGREED = 0.9  # where slices as they lie reach that, no other angle is tried
 _SEARCHED = 5  # slices of a volume
 _DIVISOR = 16
 _FLIPS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
@@ -64,35 +64,44 @@ def predict_slices(
 
 
 def best_angle(predict: Callable[[float], Iterable[Tensor]]) -> Generator[tuple[int, int], None, float]:
-    """Look for the angle at which a network agrees most with itself on slices of one volume.
+    """Look for the angle at which a network contradicts itself least on slices of one volume.
 
-    That is the mean over structures of the soft Dice between its probabilities and the labels that they give,
-    over all slices together, smoothed over neighbouring angles.
+    That is where labels have the highest Dice with those that it gives `STEP` degrees either way: mean over
+    structures, all slices together, 0 for a structure that is not found. A network is as sure of what it makes up
+    as of what it has learnt, but makes up something else when slices are turned a little.
 
     Args:
         predict: Given an angle, the probabilities (n, K, H, W) of the slices that `sampled` chooses, in parts,
             as `predict_slices` gives them at that angle.
 
     Yields:
-        Angles tried, and how many there will be.
+        Angles tried, and how many there are; less are tried where slices as they lie will do.
 
     Returns:
         Degrees, clockwise; 0 where another angle is hardly better.
     """
-    tried = np.arange(0.0, 360.0, STEP)
-    found = []
-    for angle in tried:
-        found.append(_agreement(predict(float(angle))))
-        yield len(found), len(tried)
-    agreement = np.array(found)
-    smooth = (agreement + (np.roll(agreement, 1) + np.roll(agreement, -1)) / 2) / 2
-    best = int(smooth.argmax())
-    return float(tried[best]) if smooth[best] > smooth[0] + _LEAST_GAIN else 0.0
+    count = round(360 / STEP)
+    found: dict[int, list[NDArray[np.int64]]] = {}
+
+    def agreement(place: int) -> float:
+        sides = ((place - 1) % count, (place + 1) % count)
+        return sum(_mean_dice(found[place], found[side], structures) for side in sides) / 2
+
+    for place in sorted(range(count), key=lambda place: min(place, count - place)):
+        parts = list(predict(place * STEP))
+        structures = parts[0].shape[1] - 1
+        found[place] = [maps.argmax(1).cpu().numpy() for maps in parts]
+        yield len(found), count
+        if len(found) == 3 and agreement(0) >= _AGREED:
+            return 0.0
+    agreements = [agreement(place) for place in range(count)]
+    best = int(np.argmax(agreements))
+    return best * STEP if agreements[best] > agreements[0] + _LEAST_GAIN else 0.0
 
 
 def angles_at(angle: float, orientation: Orientation) -> tuple[float, ...]:
     """Angles over which a prediction is averaged that is best at one of them."""
-    return (angle, angle - _SPREAD, angle + _SPREAD) if orientation == "average" else (angle,)
+    return (angle, angle - STEP, angle + STEP) if orientation == "average" else (angle,)
 
 
 def sampled(count: int) -> list[int]:
@@ -133,15 +142,14 @@ def _mirrored(
     return total / len(_FLIPS) if flips else total
 
 
-def _agreement(parts: Iterable[Tensor]) -> float:
-    """Mean over structures of the soft Dice between probabilities (n, K, H, W) and their labels."""
-    sums: Tensor | float = 0.0
-    for probabilities in parts:
-        labels = functional.one_hot(probabilities.argmax(1), probabilities.shape[1]).movedim(-1, 1)
-        sums = sums + torch.stack((2 * probabilities * labels, probabilities + labels)).sum((1, 3, 4))
-    assert isinstance(sums, Tensor)
-    overlap, size = sums[:, 1:]
-    return float((overlap / size.clamp_min(1e-6)).mean())
+def _mean_dice(one: list[NDArray[np.int64]], other: list[NDArray[np.int64]], structures: int) -> float:
+    """Mean over structures, numbered from 1, of the Dice between two lists of label maps; 0 for one in neither."""
+    overlap, size = np.zeros(structures + 1), np.zeros(structures + 1)
+    for first, second in zip(one, other, strict=True):
+        overlap += np.bincount(first[first == second], minlength=structures + 1)
+        size += np.bincount(first.ravel(), minlength=structures + 1)
+        size += np.bincount(second.ravel(), minlength=structures + 1)
+    return float((2 * overlap / np.maximum(size, 1))[1:].mean())
 
 
 def _room(shape: tuple[int, ...], angle: float) -> tuple[int, int]:

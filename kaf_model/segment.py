@@ -122,7 +122,7 @@ class _Network:
         self._at_once = config.batch_size or slices_at_once(model.device)
 
     def best_angle(self, wanted: Sequence[int]) -> Generator[Progress, None, float]:
-        """Look on a few of some slices for the angle at which the network is surest."""
+        """Look on a few of some slices for the angle at which the network contradicts itself least."""
         images, positions = self._read([wanted[place] for place in sampled(len(wanted))])
 
         def predict(angle: float) -> Iterator[Tensor]:
