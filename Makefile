@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 SETTINGS := pyproject.toml constraints.txt
 # A file's tests stay in one process, and the longest, in tests/integration, begin.
-IN_TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
+IN_TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
 .PHONY: help demo napari test lint clean

@@ -459,7 +459,7 @@ class SegmentConfig(Settings):
     """How a trained model is applied to a volume."""
 
     batch_size: int | None = Field(
-        None, gt=0, description="Slices a forward pass; none takes 8, on an NVIDIA GPU 32."
+        None, gt=0, description="Slices a forward pass; none takes 8, on an NVIDIA GPU 64."
     )
     flips: bool = Field(False, description="Average over mirrored copies of each slice (4 times the work).")
     orientation: Orientation = Field(
