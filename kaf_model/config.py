@@ -465,7 +465,7 @@ class SegmentConfig(Settings):
     orientation: Orientation = Field(
         "best",
         description="Segment slices as they lie (fixed), turned to the angle at which the model contradicts itself "
-        "least on five slices of the volume (best), or averaged over that angle and 30 degrees either way "
+        "least on three slices of the volume (best), or averaged over that angle and 30 degrees either way "
         "(average). Volumes with finished slices are segmented as they lie.",
     )
     largest_component: Literal["learned", "all", "none"] = Field(

@@ -26,8 +26,8 @@ STEP = 30.0
 """Degrees between angles that are tried or averaged over: what a network is augmented by either way."""
 
 _LEAST_GAIN = 0.05  # of agreement; for less slices stay as they are
-_AGREED = 0.9  # where slices as they lie reach that, no other angle is tried
-_SEARCHED = 5  # slices of a volume
+_AGREED = 0.85  # where slices as they lie reach that, no other angle is tried
+_SEARCHED = 3  # slices of a volume
 _DIVISOR = 16
 _FLIPS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))
 
