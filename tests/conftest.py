@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
+
+DIALOG_PATIENCE = 60.0  # seconds
 
 
 @pytest.fixture
@@ -25,7 +28,33 @@ def plugin_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def nothing_left(qapp):
+def no_dialog_stays(qapp):
+    """Close a dialog that nobody answers, which would keep its test waiting for ever, and fail."""
+    from qtpy.QtCore import QTimer
+    from qtpy.QtWidgets import QMessageBox
+
+    seen: dict[object, float] = {}
+    left: list[str] = []
+
+    def look() -> None:
+        dialog = qapp.activeModalWidget()
+        if dialog is None:
+            seen.clear()
+        elif time.monotonic() - seen.setdefault(dialog, time.monotonic()) > DIALOG_PATIENCE:
+            text = dialog.text() if isinstance(dialog, QMessageBox) else ""
+            left.append(f"{type(dialog).__name__} {dialog.windowTitle()!r} {text!r}")
+            dialog.close()
+
+    timer = QTimer()
+    timer.timeout.connect(look)
+    timer.start(1000)
+    yield
+    timer.stop()
+    assert not left, f"dialogs that nobody answered: {left}"
+
+
+@pytest.fixture
+def nothing_left(qapp, no_dialog_stays):
     """Fail when a test leaves threads, workers, timers of ours or panels behind."""
     import gc
 

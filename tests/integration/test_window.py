@@ -160,14 +160,19 @@ def _dice(ours: np.ndarray, theirs: np.ndarray) -> float:
     return 2 * np.count_nonzero(ours & theirs) / (np.count_nonzero(ours) + np.count_nonzero(theirs))
 
 
-def _answer_dialog(name: str) -> None:
-    """Name a file in the dialog; again, if it was not there yet or did not take it."""
+def _answer_dialog(name: str, tries: int = 20) -> None:
+    """Name a file in the dialog; again, if it was not there yet, did not take it, or asks something else."""
     dialog = QApplication.activeModalWidget()
     if isinstance(dialog, QFileDialog):
         line = dialog.findChild(QLineEdit)
+        line.completer().popup().hide()
         line.selectAll()
         QTest.keyClicks(line, name)
+        line.completer().popup().hide()  # it would take the key, and may complete the name to another
         QTest.keyClick(line, Qt.Key.Key_Return)
         if not dialog.isVisible():
             return
-    QTimer.singleShot(1000, lambda: _answer_dialog(name))
+    elif dialog is not None:
+        dialog.close()
+    if tries:
+        QTimer.singleShot(1000, lambda: _answer_dialog(name, tries - 1))
