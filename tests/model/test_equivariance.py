@@ -101,10 +101,16 @@ def test_errors_are_those_of_the_seed_and_a_mean_of_the_single_ones(view):
 
     points = torch.rand(5, 2, generator=generator_for(1, 1, 8)).double().numpy() * view.shape - 0.5
     augmentations = [augment_slice(view, 1, seed=seed) for seed in (2, 3)]
-    single = [equivariance_maps(view, 1, point, one, 3) for one in augmentations for point in points]
-    present = [maps.error for maps in single if maps is not None]
-    assert first.num_points == len(present)
-    assert first.error == pytest.approx(np.mean(present), rel=1e-4)
+    errors, chances = [], []
+    for augmented in augmentations:
+        maps = [equivariance_maps(view, 1, point, augmented, 3) for point in points]
+        present = [found for found in maps if found is not None]
+        errors += [found.error for found in present]
+        for found, another in zip(present, [*present[1:], present[0]], strict=True):
+            chances.append(np.abs(found.computed - another.carried)[augmented.inside].mean())
+    assert first.num_points == len(errors)
+    assert first.error == pytest.approx(np.mean(errors), rel=1e-4)
+    assert first.chance == pytest.approx(np.mean(chances), rel=1e-4)
     assert 0 < first.relative < 2
 
 
