@@ -11,6 +11,9 @@ import pytest
 
 DIALOG_PATIENCE = 60.0  # seconds
 
+# Before anything imports torch, as kaf does: threads that spin for others make a busy machine ten times as slow, or worse.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 @pytest.fixture
 def plugin_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
