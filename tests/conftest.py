@@ -11,8 +11,8 @@ import pytest
 
 DIALOG_PATIENCE = 60.0  # seconds
 
-# Before anything imports torch. Threads that wait for each other on a busy machine make it ten times as slow, or worse: they
-# sleep meanwhile, as in kaf, and where two processes share the tests each has one.
+# Before anything imports torch. Threads that spin for each other on a busy machine make it ten times as slow, or worse:
+# they sleep instead, as in kaf, and where two processes share the tests each has one.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
