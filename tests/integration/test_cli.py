@@ -956,15 +956,16 @@ def test_two_processes_train_as_one(cohort: Path, tmp_path: Path, kaf: Kaf) -> N
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from kaf_model.cli import main; main(['--help']); "
-        "print(sorted({'torch', 'numpy', 'nibabel', 'monai', 'cv2'} & set(sys.modules)))"
+        "import sys, time; from kaf_model.cli import main; main(['--help']); "
+        "print(sorted({'torch', 'numpy', 'nibabel', 'monai', 'cv2'} & set(sys.modules))); "
+        "print(time.process_time())"  # what others do on this machine does not count
     )
     times = []
     for _ in range(3):
-        started = time.monotonic()
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        times.append(time.monotonic() - started)
-    assert run.stdout.splitlines()[-1] == "[]"
+        heavy, seconds = run.stdout.splitlines()[-2:]
+        times.append(float(seconds))
+    assert heavy == "[]"
     for command in (
         "demo",
         "pretrain",
