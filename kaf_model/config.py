@@ -463,7 +463,7 @@ class SegmentConfig(Settings):
     )
     flips: bool = Field(False, description="Average over mirrored copies of each slice (4 times the work).")
     orientation: Orientation = Field(
-        "average",
+        "best",
         description="Segment slices as they lie (fixed), turned to the angle at which the model contradicts itself "
         "least on three slices of the volume (best), or averaged over that angle and 30 degrees either way "
         "(average, three times the work). Volumes with finished slices are segmented as they lie.",

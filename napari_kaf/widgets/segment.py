@@ -49,8 +49,8 @@ _PIECES = {
     "none": "all of them",
 }
 _ORIENTATIONS = {
-    "average": "turned, averaged over three angles",
     "best": "turned as the model knows them",
+    "average": "turned, averaged over three angles",
     "fixed": "as they lie",
 }
 

@@ -112,12 +112,12 @@ def test_segment_asks_for_the_orientation_that_was_chosen(open_panel, small_hear
     _viewer, panel = open_panel("Segment", small_heart)
     qtbot.waitUntil(lambda: panel.layers.count() == 1)
     panel.model.add_file(model)
-    for orientation in ("average", "fixed", "best"):  # the first is there at first
+    for orientation in ("best", "fixed", "average"):  # the first is there at first
         if asked:
             panel.orientation.setCurrentIndex(panel.orientation.findData(orientation))
         panel.row.button.click()
         finish(panel, qtbot)
-    assert asked == ["average", "fixed", "best"]
+    assert asked == ["best", "fixed", "average"]
 
 
 @pytest.fixture
