@@ -72,7 +72,12 @@ def keep_together(labels: NDArray[np.integer], values: Collection[int], *, fill:
         values: Classes that lie against each other.
         fill: What the rest of them becomes.
     """
-    pieces, count = ndimage.label(np.isin(labels, list(values)), np.ones((3, 3, 3)))
+    if len(values) < 2:
+        return
+    there = np.isin(labels, list(values))
+    box = _box(there)
+    labels = labels[box]
+    pieces, count = ndimage.label(there[box], np.ones((3, 3, 3)))
     if count < 2:
         return
     voxels = {value: np.bincount(pieces[labels == value], minlength=count + 1) for value in values}
@@ -96,11 +101,22 @@ def keep_largest_components(
     for value in np.unique(labels) if values is None else values:
         if value in (0, fill):
             continue
-        components, count = ndimage.label(labels == value, structure)
+        there = labels == value
+        box = _box(there)
+        components, count = ndimage.label(there[box], structure)
         if count > 1:
             sizes = np.bincount(components.ravel())
             sizes[0] = 0
-            labels[(components > 0) & (components != sizes.argmax())] = fill
+            labels[box][(components > 0) & (components != sizes.argmax())] = fill
+
+
+def _box(there: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """The smallest box that holds all voxels that are set: pieces need four bytes for each voxel in it."""
+    box = []
+    for axis in range(there.ndim):
+        taken = np.flatnonzero(there.any(axis=tuple(other for other in range(there.ndim) if other != axis)))
+        box.append(slice(taken[0], taken[-1] + 1) if len(taken) else slice(0))
+    return tuple(box)
 
 
 def _complete_slices(cases: Sequence[LabelledVolume]) -> Iterator[NDArray[np.integer]]:

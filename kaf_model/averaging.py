@@ -13,7 +13,7 @@ from kaf_model.engine import channels_last
 from kaf_model.inference import InferenceNetwork
 from kaf_model.labels import ClassMap
 from kaf_model.losses import IGNORED
-from kaf_model.prediction import predict_slices
+from kaf_model.prediction import likeliest, predict_slices
 from kaf_model.preparation import LabelledSlice
 from kaf_model.unet import SegmentationNetwork, build_network
 
@@ -87,7 +87,7 @@ class WeightAverage:
             probabilities = predict_slices(
                 folded, item.image[None].astype(np.float32), [item.keypoints], device
             )
-            predicted = probabilities[0].argmax(0).cpu().numpy()
+            predicted = likeliest(probabilities[0])
             known = item.labels != IGNORED
             for channel in range(1, len(self._classes)):
                 ours, theirs = (predicted == channel) & known, item.labels == channel

@@ -25,6 +25,7 @@ from torch.nn import functional
 from kaf_model.appearance import Appearance
 from kaf_model.config import SliceConfig
 from kaf_model.labels import LabelledVolume
+from kaf_model.prediction import likeliest
 from kaf_model.preparation import SliceStore
 from kaf_model.progress import Progress
 from kaf_model.slices import Slices
@@ -116,7 +117,7 @@ class Propagation:
         labels = np.zeros(self.case.volume.shape, values.dtype)
         for z in range(len(labels)):
             maps = stack.to_source(self.log_probabilities([z]))
-            labels[z] = values[maps[0].argmax(0).numpy()]
+            labels[z] = values[likeliest(maps[0])]
         self.case.put_back(labels, self.values)
         return labels
 

@@ -17,7 +17,7 @@ from kaf_model.config import SegmentConfig
 from kaf_model.engine import OutOfMemory, is_out_of_memory, release_memory
 from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache, iter_detect, make_detector
-from kaf_model.prediction import angles_at, best_angle, predict_slices, sampled
+from kaf_model.prediction import angles_at, best_angle, likeliest, predict_slices, sampled
 from kaf_model.progress import Progress
 from kaf_model.propagation import Propagation
 from kaf_model.slices import Slices
@@ -86,7 +86,7 @@ def segment(
     angle = 0.0 if config.orientation == "fixed" else (yield from network.best_angle(wanted))
     done = 0
     for rows, maps, message in network.maps(wanted, angles_at(angle, config.orientation), propagation):
-        channels = maps.argmax(1).cpu().numpy()
+        channels = likeliest(maps)
         labels[rows] = values.astype(labels.dtype)[channels]
         if probabilities is not None:
             probabilities[:, rows] = maps.transpose(0, 1).half().cpu().numpy()

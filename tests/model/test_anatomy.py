@@ -1,6 +1,7 @@
 """What labels tell of a structure's shape, and cleaning by it."""
 
 import numpy as np
+from scipy import ndimage
 
 from kaf_model.anatomy import keep_largest_components, keep_together, values_in_one_piece, values_together
 from kaf_model.labels import LabelledVolume, SliceStatus
@@ -141,3 +142,35 @@ def test_only_named_classes_are_cleaned_and_the_rest_becomes_what_was_asked():
     assert labels[0, 3, 5] == 2
     keep_largest_components(labels, [])
     assert labels[0, 3, 5] == 2
+
+
+def test_cleaning_looks_at_the_box_of_what_is_there_and_finds_what_the_whole_volume_shows():
+    generator = np.random.default_rng(0)
+    for density in (0.0, 0.002, 0.05, 0.3):
+        labels = np.zeros((9, 24, 20), np.int16)
+        inner = generator.random((6, 15, 11)) < density
+        labels[2:8, 4:19, 7:18][inner] = generator.integers(1, 4, inner.sum())
+        expected = labels.copy()
+        for value in (1, 2, 3):
+            pieces, count = ndimage.label(expected == value, np.ones((3, 3, 3)))
+            if count > 1:
+                sizes = [np.count_nonzero(pieces == number) for number in range(1, count + 1)]
+                expected[(pieces > 0) & (pieces != 1 + int(np.argmax(sizes)))] = 0
+        keep_largest_components(labels)
+        assert np.array_equal(labels, expected)
+
+
+def test_what_is_together_does_not_depend_on_the_room_around_it():
+    generator = np.random.default_rng(1)
+    for density in (0.02, 0.05, 0.1):
+        close = generator.integers(1, 4, (6, 15, 11)).astype(np.int16) * (
+            generator.random((6, 15, 11)) < density
+        )
+        roomy = np.pad(close, ((2, 1), (4, 5), (7, 2)))
+        before = roomy.copy()
+        keep_together(roomy, set())
+        assert np.array_equal(roomy, before)
+        for labels in (close, roomy):
+            keep_together(labels, {1, 2, 3})
+        assert np.array_equal(roomy[2:-1, 4:-5, 7:-2], close)
+        assert np.count_nonzero(roomy) == np.count_nonzero(close) < np.count_nonzero(before)
