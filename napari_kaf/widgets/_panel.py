@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeGuard, TypeVar
 
 from napari.utils.notifications import show_error
-from qtpy.QtCore import QEvent, QObject, Qt
+from qtpy.QtCore import QEvent, QObject, Qt, QTimer
 from qtpy.QtGui import QKeyEvent
 from qtpy.QtWidgets import (
     QAbstractItemView,
@@ -16,8 +16,10 @@ from qtpy.QtWidgets import (
     QAbstractSpinBox,
     QApplication,
     QComboBox,
+    QDockWidget,
     QFrame,
     QLabel,
+    QMainWindow,
     QMessageBox,
     QPushButton,
     QScrollArea,
@@ -103,6 +105,7 @@ class Panel(QScrollArea):
         self.life = Life(self.session)
         self.destroyed.connect(self.life.end)
         self._docked = False
+        self._placed = False
         self._came_from: QWidget | None = None
         self.setWidgetResizable(True)
         self.setFrameShape(QFrame.Shape.NoFrame)
@@ -121,8 +124,10 @@ class Panel(QScrollArea):
         napari's slice number takes the focus back from whoever tabs away from it, so that Tab alone never
         gets from the canvas to a panel.
         """
-        content = self.widget()
+        content, dock = self.widget(), self.dock
         assert content is not None
+        if dock is not None:
+            dock.raise_()
         if content.isAncestorOf(QApplication.focusWidget()):
             return
         self._came_from = QApplication.focusWidget()
@@ -132,6 +137,28 @@ class Panel(QScrollArea):
         else:
             content.setFocus(Qt.FocusReason.TabFocusReason)
             content.focusNextChild()
+
+    @property
+    def dock(self) -> QDockWidget | None:
+        """What holds the panel in napari's window."""
+        holder = self.parentWidget()
+        while holder is not None and not isinstance(holder, QDockWidget):
+            holder = holder.parentWidget()
+        return holder
+
+    def _share_a_side(self) -> None:
+        """Lie in front of the panels that are docked at the same side, as tabs: one below the other has no room."""
+        dock, window = self.dock, self.window()
+        if not isinstance(window, QMainWindow) or dock is None:
+            return
+        for panel in window.findChildren(Panel):
+            other = panel.dock
+            if panel is self or other is None or other.isFloating():
+                continue
+            if window.dockWidgetArea(other) == window.dockWidgetArea(dock):
+                window.tabifyDockWidget(other, dock)
+                dock.raise_()
+                return
 
     def keyPressEvent(self, event: QKeyEvent | None) -> None:
         """Escape goes back to where the focus was before it came into the panel."""
@@ -154,6 +181,9 @@ class Panel(QScrollArea):
             if isinstance(box, QComboBox):
                 box.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
                 box.setMinimumWidth(90)
+        if not self._placed:
+            self._placed = True
+            QTimer.singleShot(0, self._share_a_side)  # once napari has docked it
         super().showEvent(event)
 
     def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:

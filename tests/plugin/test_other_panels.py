@@ -404,3 +404,18 @@ def test_a_paused_pretraining_takes_no_step(pretrain_panel, monkeypatch):
         control.cancel()
         thread.join(300)
     assert not thread.is_alive()
+
+
+def test_panels_of_one_side_are_tabs_and_the_newest_is_in_front(
+    make_napari_viewer, plugin_home, nothing_left, qtbot
+):
+    viewer = make_napari_viewer(show=True)
+    window = viewer.window._qt_window
+    first, finetune = viewer.window.add_plugin_dock_widget("napari-kaf", "Finetune")
+    second, segment = viewer.window.add_plugin_dock_widget("napari-kaf", "Segment")
+    qtbot.waitUntil(lambda: window.tabifiedDockWidgets(first) == [second])
+    qtbot.waitUntil(lambda: segment.isVisible() and finetune.visibleRegion().isEmpty())
+    finetune.enter()  # as Shift+T does
+    qtbot.waitUntil(lambda: not finetune.visibleRegion().isEmpty())
+    third, _explore = viewer.window.add_plugin_dock_widget("napari-kaf", "Explore")
+    qtbot.waitUntil(lambda: set(window.tabifiedDockWidgets(first)) == {second, third})
