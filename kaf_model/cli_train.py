@@ -242,7 +242,7 @@ def _fabric(device: str, precision: str) -> Fabric:
 
 
 def _train(out: Output, work: Generator[Progress, None, Result], path: Path) -> Result:
-    import torch
+    from kaf_model.engine import leave_processes
 
     try:
         return out.run(work)
@@ -250,8 +250,7 @@ def _train(out: Output, work: Generator[Progress, None, Result], path: Path) -> 
         stop.path = path
         raise
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_processes()
 
 
 def _say_what_was_trained(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import math
 import os
@@ -31,6 +32,7 @@ from kaf_model.replay import GradientReplay
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 DEVICES: tuple[DeviceName, ...] = ("auto", "cpu", "cuda", "mps")
+_TIME_TO_FORGET = 0.5  # seconds
 
 
 class NonFiniteLoss(RuntimeError):
@@ -86,6 +88,19 @@ def make_fabric(device: str = "auto", *, precision: Literal["auto", "float32"] =
         )
         fabric.launch()
     return fabric
+
+
+def leave_processes() -> None:
+    """Part from the processes that a training was shared with, if there are any; to be called at its end.
+
+    When torch's group is deleted it waits for its threads, and where Lightning's wrapper of the network holds it
+    last, it does so without letting go of Python's lock. A thread that still needs the lock, to forget its last
+    work, then waits for ever: so wrappers that nobody uses go first, and threads get time.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        time.sleep(_TIME_TO_FORGET)
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

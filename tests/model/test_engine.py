@@ -3,8 +3,6 @@
 import contextlib
 import itertools
 import math
-import os
-import socket
 from dataclasses import replace
 from functools import partialmethod
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from two_processes import run_in_two
 
 from kaf_model import (
     averaging,
@@ -1077,28 +1076,19 @@ def both_trainings(**options):
     }
 
 
-def work(rank, folder, port):
-    torch.set_num_threads(1)
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-    os.environ.update({name: str(value) for name, value in {**ranks, **where}.items()})
+def both_trainings_and_a_timed_one(rank, folder):
     engine.has_bfloat16 = lambda device: False
-    torch.save(both_trainings(output=folder / "p.safetensors"), folder / f"{rank}.pt")
+    results = both_trainings(output=folder / "p.safetensors")
     # The clock of one runs three times as fast: all the same both end at one step.
     clock = engine.time.monotonic
     engine.time.monotonic = lambda: clock() * (1 + 2 * rank)
     _, timed = run_finetune(FINETUNE.override(steps=None, time_budget=0.2, batch_size=4))
-    torch.save(len(timed.curve), folder / f"steps{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return {**results, "timed steps": len(timed.curve)}
 
 
 def test_two_processes_train_as_one_with_the_joint_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (tmp_path, port), nprocs=2)
+    first, second = run_in_two(both_trainings_and_a_timed_one, tmp_path)
     alone = both_trainings()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for mine, *theirs in zip(alone["curves"], first["curves"], second["curves"], strict=True):
         for curve in theirs:
             for expected, entry in zip(mine, curve, strict=True):
@@ -1108,4 +1098,4 @@ def test_two_processes_train_as_one_with_the_joint_batch(tmp_path):
             for weights in theirs:
                 assert torch.allclose(weights[name].float(), value.float(), atol=1e-5, rtol=1e-4), name
     assert load_checkpoint(tmp_path / "p.safetensors").kind == "pretrained"
-    assert torch.load(tmp_path / "steps0.pt") == torch.load(tmp_path / "steps1.pt")  # they end together
+    assert first["timed steps"] == second["timed steps"]  # they end together

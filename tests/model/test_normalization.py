@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from two_processes import run_in_two
 
 from kaf_model import normalization
 from kaf_model.losses import IGNORED, cross_entropy, matching_loss, positional_contrastive_loss, soft_dice
@@ -189,19 +190,14 @@ CASES = {
 }
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    results = {name: case(rows[rank], **options) for name, (case, rows, options) in CASES.items()}
-    torch.save(results, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+def both_parts(rank, _folder):
+    torch.distributed.init_process_group("gloo")
+    return {name: case(rows[rank], **options) for name, (case, rows, options) in CASES.items()}
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_in_two(both_parts, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("name", CASES)

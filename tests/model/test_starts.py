@@ -1,13 +1,12 @@
 """The compared starts: they learn, stop, resume, and start a finetuning; and what their views look like."""
 
 import contextlib
-import os
-import socket
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from two_processes import run_in_two
 
 from kaf_model import engine
 from kaf_model.benchmark.starts import STARTS
@@ -216,22 +215,12 @@ def joint_training(name, output):
     return {"curve": result.curve, "weights": dict(result.checkpoint.weights)}
 
 
-def work_together(rank, folder, port):
-    torch.set_num_threads(1)
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-    os.environ.update({name: str(value) for name, value in {**ranks, **where}.items()})
-    results = {name: joint_training(name, folder / f"{name}.safetensors") for name in JOINT}
-    torch.save(results, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+def joint_trainings(_rank, folder):
+    return {name: joint_training(name, folder / f"{name}.safetensors") for name in JOINT}
 
 
 def test_two_processes_train_as_one_with_the_joint_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work_together, (tmp_path, port), nprocs=2)
-    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    both = run_in_two(joint_trainings, tmp_path)
     for name in JOINT:
         alone = joint_training(name, tmp_path / "alone.safetensors")
         for together in both:
