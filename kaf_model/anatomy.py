@@ -112,11 +112,8 @@ def keep_largest_components(
 
 def _box(there: NDArray[np.bool_]) -> tuple[slice, ...]:
     """The smallest box that holds all voxels that are set: pieces need four bytes for each voxel in it."""
-    box = []
-    for axis in range(there.ndim):
-        taken = np.flatnonzero(there.any(axis=tuple(other for other in range(there.ndim) if other != axis)))
-        box.append(slice(taken[0], taken[-1] + 1) if len(taken) else slice(0))
-    return tuple(box)
+    (box,) = ndimage.find_objects(there.view(np.uint8), max_label=1)
+    return box or (slice(0),) * there.ndim
 
 
 def _complete_slices(cases: Sequence[LabelledVolume]) -> Iterator[NDArray[np.integer]]:

@@ -13,8 +13,9 @@ from kaf_model.engine import channels_last
 from kaf_model.inference import InferenceNetwork
 from kaf_model.labels import ClassMap
 from kaf_model.losses import IGNORED
-from kaf_model.prediction import likeliest, predict_slices
+from kaf_model.prediction import predict_slices
 from kaf_model.preparation import LabelledSlice
+from kaf_model.slices import likeliest
 from kaf_model.unet import SegmentationNetwork, build_network
 
 

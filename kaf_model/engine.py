@@ -93,7 +93,7 @@ def make_fabric(device: str = "auto", *, precision: Literal["auto", "float32"] =
 def leave_processes() -> None:
     """Part from the processes that a training was shared with, if there are any; to be called at its end.
 
-    When torch's group is deleted it waits for its threads, and where Lightning's wrapper of the network holds it
+    When torch's group is deleted it waits for its threads, and where its wrapper of the network (DDP) holds it
     last, it does so without letting go of Python's lock. A thread that still needs the lock, to forget its last
     work, then waits for ever: so wrappers that nobody uses go first, and threads get time.
     """

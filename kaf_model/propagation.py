@@ -25,10 +25,9 @@ from torch.nn import functional
 from kaf_model.appearance import Appearance
 from kaf_model.config import SliceConfig
 from kaf_model.labels import LabelledVolume
-from kaf_model.prediction import likeliest
 from kaf_model.preparation import SliceStore
 from kaf_model.progress import Progress
-from kaf_model.slices import Slices
+from kaf_model.slices import Slices, likeliest
 from kaf_model.volume_write import smallest_type
 
 BLUR = 0.5

@@ -17,10 +17,10 @@ from kaf_model.config import SegmentConfig
 from kaf_model.engine import OutOfMemory, is_out_of_memory, release_memory
 from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache, iter_detect, make_detector
-from kaf_model.prediction import angles_at, best_angle, likeliest, predict_slices, sampled
+from kaf_model.prediction import angles_at, best_angle, predict_slices, sampled
 from kaf_model.progress import Progress
 from kaf_model.propagation import Propagation
-from kaf_model.slices import Slices
+from kaf_model.slices import Slices, likeliest
 from kaf_model.temporary_arrays import zeros_on_disk
 from kaf_model.volume import Volume
 from kaf_model.volume_write import smallest_type

@@ -179,6 +179,16 @@ def crop_to(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return tensor[..., :height, :width]
 
 
+def likeliest(maps: torch.Tensor) -> NDArray[np.int64]:
+    """Channel of the highest value, the first of several.
+
+    Shape: (..., K, H, W) -> (..., H, W).
+    """
+    return (
+        maps.max(-3).indices.cpu().numpy()
+    )  # over any but the last dimension argmax is many times slower on CPUs
+
+
 def _ratio(new: tuple[int, int], old: tuple[int, int]) -> tuple[float, float]:
     return new[0] / old[0], new[1] / old[1]
 

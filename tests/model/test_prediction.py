@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kaf_model.prediction import STEP, angles_at, best_angle, likeliest, predict_slices, sampled
+from kaf_model.prediction import STEP, angles_at, best_angle, predict_slices, sampled
 
 CPU = torch.device("cpu")
 
@@ -180,13 +180,6 @@ def test_structures_that_are_not_found_count_as_not_agreed():
 
 def test_where_nothing_is_found_slices_stay_as_they_lie():
     assert chosen(lambda angle: [maps_of(NOTHING, NOTHING)]) == (0, 12)
-
-
-def test_the_first_of_the_likeliest_channels_is_taken():
-    maps = torch.rand(2, 3, 5, 7, 6)
-    maps[:, :, 2] = maps[:, :, 0]
-    assert np.array_equal(likeliest(maps), maps.numpy().argmax(2))
-    assert np.array_equal(likeliest(maps[0, 0]), maps[0, 0].numpy().argmax(0))
 
 
 def test_angles_of_an_orientation():

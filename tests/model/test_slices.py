@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kaf_model.config import SliceConfig
-from kaf_model.slices import Intensities, Slices, crop_to, pad_to_multiple
+from kaf_model.slices import Intensities, Slices, crop_to, likeliest, pad_to_multiple
 from kaf_model.volume import Volume
 
 
@@ -173,3 +173,10 @@ def test_padding_repeats_the_bottom_and_right_edge_and_comes_off():
     assert pad_to_multiple(padded, 4) is padded
     with pytest.raises(ValueError, match="cannot crop"):
         crop_to(maps, (4, 5))
+
+
+def test_the_first_of_the_likeliest_channels_is_taken():
+    maps = torch.rand(2, 3, 5, 7, 6)
+    maps[:, :, 2] = maps[:, :, 0]
+    assert np.array_equal(likeliest(maps), maps.numpy().argmax(2))
+    assert np.array_equal(likeliest(maps[0, 0]), maps[0, 0].numpy().argmax(0))
