@@ -333,7 +333,7 @@ def labelled_heart(shape: Shape) -> tuple[NDArray[np.float32], list[LabelledSlic
     heart = make_heart(0, shape=(10, shape.side + 32, shape.side + 48))
     slices = heart.image.astype(np.float32)
     labelled = [
-        LabelledSlice(image.astype(np.float16), points.positions, labels.astype(np.int64))
+        LabelledSlice(image.astype(np.float16)[None], points.positions, labels.astype(np.int64))
         for image, points, labels in zip(slices, iter_detect(slices), heart.labels, strict=True)
     ]
     return slices, labelled

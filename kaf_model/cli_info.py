@@ -136,7 +136,12 @@ def _architecture(model: Mapping[str, Any]) -> str:
 def _preprocessing(slices: Mapping[str, Any]) -> str:
     pixels = "pixels as stored" if slices["spacing"] is None else f"pixels of {slices['spacing']:g} mm"
     low, high = slices["clip_percentiles"]
-    return f"{pixels}, intensities clipped at percentiles {low:g} and {high:g}, then z-scored"
+    text = f"{pixels}, intensities clipped at percentiles {low:g} and {high:g}, then z-scored"
+    if slices.get("context"):
+        step = slices.get("context_step")
+        apart = "the next" if step is None else f"{step:g} mm apart"
+        text += f"; each read with {slices['context']} above and as many below, {apart}"
+    return text
 
 
 def _history_rows(number: int, record: Mapping[str, Any]) -> list[tuple[str, str]]:

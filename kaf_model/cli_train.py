@@ -178,7 +178,7 @@ def finetune(
     origin = load_checkpoint(start) if start is not None else None
     model: ModelConfig | None = chosen.fresh_model()
     if origin is not None:
-        asked = {**chosen.asked_for("model")}
+        asked = chosen.asked_for("model")
         asked.pop("num_classes", None)
         model = origin.model.override(**asked) if asked else None
         for section, theirs in (("slices", origin.slices), ("keypoints", origin.keypoints)):

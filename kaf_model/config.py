@@ -52,6 +52,18 @@ class SliceConfig(Settings):
     clip_percentiles: tuple[float, float] = Field(
         (1.0, 99.0), description="Intensities of a volume are clipped at these percentiles, then z-scored."
     )
+    context: int | None = Field(
+        None,
+        ge=0,
+        description="Slices above, and as many below, that the network reads with each slice. With none a finetuning "
+        "that starts afresh reads two where slices lie hardly farther apart than pixels; all else reads none.",
+    )
+    context_step: float | None = Field(
+        None,
+        gt=0,
+        description="Distance in mm between slices that are read together; none takes the next ones, or those of the "
+        "labelled volumes' distance.",
+    )
 
     @field_validator("clip_percentiles")
     @classmethod
@@ -59,6 +71,11 @@ class SliceConfig(Settings):
         if not 0 <= value[0] < value[1] <= 100:
             raise ValueError(f"clip_percentiles must be 0 <= low < high <= 100, got {value}")
         return value
+
+    @property
+    def input_slices(self) -> int:
+        """How many slices the network reads to segment one."""
+        return 2 * (self.context or 0) + 1
 
 
 class KeypointConfig(Settings):
@@ -103,6 +120,9 @@ class ModelConfig(Settings):
         "preset small takes unet unless this is given.",
     )
     num_classes: int = Field(2, ge=2, description="Classes including the background.")
+    input_slices: int = Field(
+        1, gt=0, description="Slices that are read to segment one; set by the context of the slices."
+    )
     start_channels: int = Field(16, gt=0, description="Channels of the first encoder block.")
     kaf_levels: tuple[int, ...] = Field(
         (3, 4), description="Encoder blocks (1 is the finest, 4 the coarsest) that carry a KAF layer."
@@ -502,6 +522,15 @@ class Recipe(Settings):
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig, description="Pretraining.")
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig, description="Finetuning.")
     segment: SegmentConfig = Field(default_factory=SegmentConfig, description="Segmentation.")
+
+    @model_validator(mode="after")
+    def _input_slices(self) -> Self:
+        if self.model.input_slices not in (1, self.slices.input_slices):
+            raise ValueError(
+                f"model.input_slices is set by slices.context, here to {self.slices.input_slices}; set that instead, "
+                f"got {self.model.input_slices}"
+            )
+        return self
 
     @classmethod
     def preset(cls, name: PresetName, *, gpu: bool = False) -> Recipe:

@@ -30,7 +30,7 @@ class Views(NamedTuple):
     """A padded batch of B slices.
 
     Attributes:
-        images: (B, 1, H, W)
+        images: (B, S, H, W), the slices and what is read with each of them.
         keypoints: (B, N, 2) (y, x) pixels.
         valid: (B, N) bool.
     """
@@ -67,20 +67,22 @@ class LabelledBatch(NamedTuple):
 
 
 def stack_padded(slices: Sequence[NDArray[np.generic]], fill: float | None = None) -> Tensor:
-    """Stack slices of mixed sizes (H_i, W_i) into (B, H, W), padded at the bottom and right.
+    """Stack slices of mixed sizes (..., H_i, W_i) into (B, ..., H, W), padded at the bottom and right.
 
     Args:
         slices: The slices.
         fill: Value of the padding; None repeats the edge.
     """
-    height = max(image.shape[0] for image in slices)
-    width = max(image.shape[1] for image in slices)
+    height = max(image.shape[-2] for image in slices)
+    width = max(image.shape[-1] for image in slices)
     padded = []
     for image in slices:
         tensor = torch.from_numpy(np.ascontiguousarray(image))
-        missing = (0, width - image.shape[1], 0, height - image.shape[0])
+        missing = (0, width - image.shape[-1], 0, height - image.shape[-2])
         if any(missing) and fill is None:
-            tensor = functional.pad(tensor.float()[None, None], missing, mode="replicate")[0, 0]
+            above = image.shape[:-2]
+            flat = tensor.float().reshape(1, -1, *image.shape[-2:])
+            tensor = functional.pad(flat, missing, mode="replicate").view(*above, height, width)
         elif any(missing):
             tensor = functional.pad(tensor, missing, value=fill)
         padded.append(tensor)
@@ -163,7 +165,7 @@ def augment_views(
     """Apply one spatial map to images and keypoints, then change intensities.
 
     Args:
-        images: (B, H, W) padded canvas.
+        images: (B, S, H, W) padded canvas.
         keypoints: (B, N, 2)
         valid: (B, N)
         transform: The map of each slice.
@@ -173,7 +175,7 @@ def augment_views(
         Views whose keypoints keep their slots; those that left are not valid.
     """
     moved, inside = transform.points(keypoints, valid)
-    warped = transform.images(images[:, None].float())
+    warped = transform.images(images.float())
     return Views(intensity.apply(warped).contiguous(memory_format=torch.channels_last), moved, inside)
 
 
@@ -244,7 +246,7 @@ class PretrainingPairs:
         rows = shard.rows(len(pairs))
         both = torch.cat([rows, rows + len(pairs)])  # rows of the joint batch of first and second views
         slots = [(v, z0) for v, z0, _ in pairs] + [(v, z1) for v, _, z1 in pairs]
-        sizes = torch.tensor([self.volumes[v].images.shape[1:] for v, _ in slots])
+        sizes = torch.tensor([self.volumes[v].images.shape[2:] for v, _ in slots])
         transform = SpatialTransform.sample(
             self.augment,
             sizes,
@@ -361,7 +363,7 @@ class LabelledSlices:
         for step in steps:
             chosen = [item for _, item in items_of_step(step, self.batch_size, len(self), self.seed)]
             rows = shard.rows(len(chosen))
-            sizes = torch.tensor([self.slices[s].image.shape for s in chosen])
+            sizes = torch.tensor([self.slices[s].image.shape[1:] for s in chosen])
             transforms.append(
                 SpatialDraws.draw(
                     self.augment,

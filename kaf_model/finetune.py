@@ -39,6 +39,7 @@ from kaf_model.preparation import LabelledSlice, prepare_labelled, statistics_of
 from kaf_model.progress import Progress
 from kaf_model.propagation import Propagation
 from kaf_model.pseudo_labels import PseudoLabels, UnlabelledVolume, prepare_unlabelled
+from kaf_model.slices import with_context
 from kaf_model.training_files import RunFiles
 from kaf_model.unet import SegmentationNetwork, build_network
 from kaf_model.volume import Unreadable, Volume
@@ -143,7 +144,9 @@ def finetune(
     origin = load_checkpoint(start) if isinstance(start, (str, Path)) else start
     config, slices, keypoints = _settings(config, slices, keypoints, origin)
     classes = ClassMap.of_labels(cases, class_names or _names_of(origin, cases))
-    config = config.override(num_classes=len(classes))
+    if origin is None:
+        slices = with_context(slices, [case.volume for case in cases])
+    config = config.override(num_classes=len(classes), input_slices=slices.input_slices)
     fabric = fabric or make_fabric(device)
     looked_for = keypoints if config.reads_keypoints else None
     prepared, labelled = yield from prepare_labelled(cases, classes, slices, looked_for, cache=cache)
@@ -330,7 +333,9 @@ def _settings(
     if origin is None:
         return config or ModelConfig(), slices or SliceConfig(), keypoints or KeypointConfig()
     if config is not None:
-        ours, theirs = (c.model_dump(exclude={"num_classes", "kaf_start"}) for c in (config, origin.model))
+        ours, theirs = (
+            c.model_dump(exclude={"num_classes", "input_slices", "kaf_start"}) for c in (config, origin.model)
+        )
         differing = [name for name in ours if ours[name] != theirs[name]]
         if differing:
             details = ", ".join(f"{name} {theirs[name]} there, {ours[name]} here" for name in differing)

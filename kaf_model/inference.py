@@ -50,7 +50,7 @@ class InferenceNetwork(nn.Module):
         """Segment slices, as `SegmentationNetwork` does in evaluation mode, without gradients.
 
         Args:
-            images: (B, 1, H, W), H and W divisible by 16.
+            images: (B, S, H, W), H and W divisible by 16.
             keypoints: (B, N, 2) float (y, x) pixels; None is no keypoints.
             valid: (B, N) bool, which keypoints are real; None is all.
 

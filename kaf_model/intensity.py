@@ -74,11 +74,11 @@ class IntensityChange:
         """Return the changed slices; those that nothing happens to are the same to the bit.
 
         Args:
-            images: (B, 1, H, W), floating, z-scored.
+            images: (B, S, H, W), floating, z-scored; what is read with a slice changes with it.
         """
-        if images.shape[:2] != (len(self.gamma), 1):
+        if images.ndim != 4 or len(images) != len(self.gamma):
             raise ValueError(
-                f"images must be ({len(self.gamma)}, 1, H, W) as drawn, got {tuple(images.shape)}"
+                f"images must be ({len(self.gamma)}, S, H, W) as drawn, got {tuple(images.shape)}"
             )
         changed = images.clone()
 
@@ -111,12 +111,12 @@ def change_intensities(images: Tensor, config: AugmentConfig, *, generator: torc
     """Change the intensities of slices at random.
 
     Args:
-        images: (B, 1, H, W), floating, z-scored.
+        images: (B, S, H, W), floating, z-scored.
         config: Chances and ranges.
         generator: A CPU generator, the only source of randomness.
 
     Returns:
-        (B, 1, H, W); `images` itself where the chance is zero.
+        (B, S, H, W); `images` itself where the chance is zero.
     """
     if config.intensity_probability == 0:
         return images
@@ -130,20 +130,20 @@ def _blur(slices: Tensor, sigma: Tensor, *, radius: int) -> Tensor:
     distance = torch.arange(-radius, radius + 1, device=slices.device)
     weights = torch.exp(-0.5 * (distance / sigma.view(-1, 1)) ** 2) * (distance.abs() <= reach)
     weights = (weights / weights.sum(dim=1, keepdim=True))[:, None]  # (n, 1, k)
-    padded = functional.pad(slices, (radius,) * 4, mode="replicate").transpose(0, 1)  # (1, n, H + 2r, W + 2r)
+    padded = functional.pad(slices, (radius,) * 4, mode="replicate").transpose(0, 1)  # (S, n, H + 2r, W + 2r)
     down = functional.conv2d(padded, weights[..., None], groups=num_slices)
     return functional.conv2d(down, weights[..., None, :], groups=num_slices).transpose(0, 1)
 
 
 def _contrast(slices: Tensor, factor: Tensor) -> Tensor:
     """Contrast about the mean."""
-    mean = slices.mean(dim=(-2, -1), keepdim=True)
+    mean = slices.mean(dim=(-3, -2, -1), keepdim=True)
     return mean + factor * (slices - mean)
 
 
 def _gamma(slices: Tensor, gamma: Tensor) -> Tensor:
     """Gamma between the extremes of a slice, which stay; a constant slice stays constant."""
-    lowest, highest = slices.amin(dim=(-2, -1), keepdim=True), slices.amax(dim=(-2, -1), keepdim=True)
+    lowest, highest = slices.amin(dim=(-3, -2, -1), keepdim=True), slices.amax(dim=(-3, -2, -1), keepdim=True)
     extent = highest - lowest
     scaled = ((slices - lowest) / extent.clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
     return lowest + extent * scaled**gamma

@@ -46,7 +46,7 @@ def predict_slices(
 
     Args:
         network: On `device`. One that is not folded is folded here, at every call.
-        images: (n, H, W) any size; padded here to what the network needs.
+        images: (n, S, H, W) any size; padded here to what the network needs.
         keypoints: Positions (N_i, 2) of each slice.
         device: Where the network is.
         flips: Average over mirrored copies.
@@ -58,7 +58,7 @@ def predict_slices(
     if isinstance(network, SegmentationNetwork):
         network = InferenceNetwork(network)
     positions, valid = (tensor.to(device) for tensor in pad_keypoints(keypoints))
-    stack = torch.from_numpy(images)[:, None].to(device)
+    stack = torch.from_numpy(images).to(device)
     with torch.inference_mode():
         parts = [_turned(network, stack, positions, valid, angle, flips) for angle in angles]
         return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
@@ -118,7 +118,7 @@ def sampled(count: int) -> list[int]:
 def _turned(
     network: InferenceNetwork, stack: Tensor, positions: Tensor, valid: Tensor, angle: float, flips: bool
 ) -> Tensor:
-    """Probabilities (n, K, H, W) of slices (n, 1, H, W) that are turned for the network and back."""
+    """Probabilities (n, K, H, W) of slices (n, S, H, W) that are turned for the network and back."""
     shape = tuple(stack.shape[2:])
     if angle:
         room = _room(shape, angle)

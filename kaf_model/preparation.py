@@ -15,7 +15,7 @@ from kaf_model.errors import UserError
 from kaf_model.keypoints import Detector, KeypointCache, Keypoints, iter_detect, make_detector
 from kaf_model.labels import ClassMap, LabelledVolume
 from kaf_model.progress import Progress
-from kaf_model.slices import Slices
+from kaf_model.slices import Slices, middle_slice
 from kaf_model.temporary_arrays import zeros_on_disk
 from kaf_model.volume import Unreadable, Volume, scan_volumes
 
@@ -29,7 +29,7 @@ class PreparedVolume:
 
     Attributes:
         name: The volume's name.
-        images: (Z, H, W) normalised slices, float16 to halve their memory.
+        images: (Z, S, H, W) normalised slices as the network reads them, float16 to halve their memory.
         keypoints: Keypoints of each slice.
         positions: (Z,) slice positions, 0..1 along the body.
         spacing: (z, y, x) mm of the source.
@@ -52,7 +52,7 @@ class LabelledSlice:
     """A slice to learn from.
 
     Attributes:
-        image: (H, W) normalised.
+        image: (S, H, W) normalised, as the network reads it.
         keypoints: (N, 2) positions.
         labels: (H, W) class indices, or IGNORED where nothing is known.
     """
@@ -188,15 +188,15 @@ def prepare_slices(
     """
     stack = Slices(volume, config)
     wanted = range(stack.num_slices) if indices is None else indices
-    images = store.empty((len(wanted), *stack.shape))
+    images = store.empty((len(wanted), config.input_slices, *stack.shape))
     keypoints: list[Keypoints] = []
     for start in range(0, len(wanted), 32):
-        chunk = stack.images(wanted[start : start + 32])
+        chunk = stack.inputs(wanted[start : start + 32])
         images[start : start + len(chunk)] = chunk
         if detector is None:
             keypoints.extend([Keypoints.empty(0)] * len(chunk))
         else:
-            keypoints.extend(iter_detect(chunk, detector, cache=cache))
+            keypoints.extend(iter_detect(middle_slice(chunk), detector, cache=cache))
         yield start + len(chunk)
     intensity = dataclasses.asdict(stack.intensities)
     return PreparedVolume(

@@ -106,7 +106,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "finetune": {"steps": 4000, "augment": {"crop": (192, 192)}},
     },
     "paper-acdc": {
-        "slices": {"spacing": 1.25, "clip_percentiles": (0.0, 100.0)},
+        "slices": {"spacing": 1.25, "clip_percentiles": (0.0, 100.0), "context": 0},
         # That of the padded slices it was trained on, so that whole slices of another size have the same positions.
         "model": {**_PUBLISHED_MODEL, "start_channels": 48, "num_classes": 4, "position_reference": 352.0},
         "pretrain": {
@@ -124,7 +124,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "segment": _PUBLISHED_SEGMENT,
     },
     "paper-chd": {
-        "slices": {"spacing": None},
+        "slices": {"spacing": None, "context": 0},
         "model": {**_PUBLISHED_MODEL, "start_channels": 32, "num_classes": 8},
         "pretrain": {
             **_PUBLISHED_PRETRAIN,

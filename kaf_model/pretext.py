@@ -98,6 +98,7 @@ def train_pretext(
         The trained encoder.
     """
     slices, keypoints = slices or SliceConfig(), keypoints or KeypointConfig()
+    config = config.override(input_slices=slices.input_slices)
     files = RunFiles(output)
     files.check(resume)
     fabric = fabric or make_fabric(device)

@@ -20,7 +20,7 @@ from kaf_model.keypoints import KeypointCache, iter_detect, make_detector
 from kaf_model.prediction import angles_at, best_angle, predict_slices, sampled
 from kaf_model.progress import Progress
 from kaf_model.propagation import Propagation
-from kaf_model.slices import Slices, likeliest
+from kaf_model.slices import Slices, likeliest, middle_slice
 from kaf_model.temporary_arrays import zeros_on_disk
 from kaf_model.volume import Volume
 from kaf_model.volume_write import smallest_type
@@ -166,11 +166,13 @@ class _Network:
             yield rows, maps, message
 
     def _read(self, rows: Sequence[int]) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
-        """Normalised slices (n, H, W), and the positions of their keypoints if the network reads any."""
-        images = self._stack.images(rows)
+        """What the network reads (n, S, H, W), and the positions of the slices' keypoints if it reads any."""
+        images = self._stack.inputs(rows)
         if self._detector is None:
             return images, [np.zeros((0, 2), np.float32)] * len(rows)
-        return images, [found.positions for found in iter_detect(images, self._detector, cache=self._cache)]
+        return images, [
+            found.positions for found in iter_detect(middle_slice(images), self._detector, cache=self._cache)
+        ]
 
 
 def slices_at_once(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from torch.nn import functional
 from kaf_model.config import SliceConfig
 from kaf_model.geometry import Points, resample_points
 from kaf_model.volume import Volume
+
+Value = TypeVar("Value", bound=np.generic)
 
 _SAMPLE_VOXELS = 4_000_000  # of a larger volume the statistics look at about this many
 
@@ -108,6 +110,27 @@ class Slices:
         ].numpy()
         return resampled
 
+    def inputs(self, indices: Iterable[int]) -> NDArray[np.float32]:
+        """Return what the network reads: slices, each between those that `SliceConfig.context` adds to it.
+
+        Those are the nearest ones at the configured distance; beyond the ends of the volume the last slice is
+        repeated, and so is the slice itself where the next one is more than twice as far away.
+
+        Args:
+            indices: Slices, in any order.
+
+        Returns:
+            (n, S, H, W) float32 with S = `SliceConfig.input_slices`; the slices themselves are at S // 2.
+        """
+        middle = np.array(self._checked(indices), dtype=np.int64)
+        reach, step = self.config.context or 0, self.config.context_step
+        steps = np.arange(-reach, reach + 1)
+        if step is not None:
+            steps = np.rint(steps * step / self.volume.spacing[0]).astype(np.int64)
+        wanted = (middle[:, None] + steps).clip(0, self.num_slices - 1)  # (n, S)
+        each, place = np.unique(wanted, return_inverse=True)
+        return self.images(each)[place.reshape(wanted.shape)]
+
     def labels(self, labels: NDArray[Any], indices: Iterable[int]) -> NDArray[np.int64]:
         """Return resampled slices of a label map, each pixel the class of the nearest voxel.
 
@@ -159,6 +182,25 @@ class Slices:
         return chosen
 
 
+_CONTEXT = 2
+_NEAR = 2.0  # slices farther apart than this many pixels show something else, and reading them does harm
+
+
+def with_context(config: SliceConfig, volumes: Sequence[Volume]) -> SliceConfig:
+    """The configuration with a context that suits labelled volumes, as far as it names none itself.
+
+    Slices are read together at the distance of those of the volumes, or of pixels where these are larger; not at
+    all where the slices of any of the volumes lie too far apart.
+    """
+    pixel = max(max(Slices(volume, config).spacing) for volume in volumes)
+    apart = max(volume.spacing[0] for volume in volumes)
+    context = config.context
+    if context is None:
+        context = _CONTEXT if apart <= _NEAR * pixel else 0
+    step = config.context_step or round(max(pixel, apart), 4)
+    return config.override(context=context, context_step=step if context else None)
+
+
 def pad_to_multiple(images: torch.Tensor, divisor: int) -> torch.Tensor:
     """Repeat the bottom row and the right column until both sides divide by the divisor, as training does.
 
@@ -166,6 +208,11 @@ def pad_to_multiple(images: torch.Tensor, divisor: int) -> torch.Tensor:
     """
     bottom, right = -images.shape[-2] % divisor, -images.shape[-1] % divisor
     return functional.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
+
+
+def middle_slice(inputs: NDArray[Value]) -> NDArray[Value]:
+    """The slices themselves, out of what is read with them: (..., S, H, W) -> (..., H, W), a view."""
+    return inputs[..., inputs.shape[-3] // 2, :, :]
 
 
 def crop_to(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -46,11 +46,12 @@ class SwinEncoder(FeatureEncoder):
             depths: Attention blocks of each stage.
         """
         super().__init__()
+        self.input_slices = config.input_slices
         self.is_unetr = config.architecture == "swin-unetr"
         channels = config.start_channels
         patch = 2 if self.is_unetr else 4
         self.transformer = SwinTransformer(
-            in_chans=1,
+            in_chans=config.input_slices,
             embed_dim=channels,
             window_size=(WINDOW, WINDOW),
             patch_size=(patch, patch),
@@ -76,7 +77,7 @@ class SwinEncoder(FeatureEncoder):
             The maps after the patch embedding and after each merging but the last; in Swin UNETR the slice
             itself, padded, is the first of them.
         """
-        packed = pack_inputs(images, keypoints, valid)
+        packed = pack_inputs(images, keypoints, valid, input_slices=self.input_slices)
         single = self.is_unetr and max(images.shape[2:]) <= 32  # its decoder cannot normalise a single pixel
         images = pad_to_multiple(images, 64 if single else 32).contiguous()
         transformer = self.transformer
@@ -99,7 +100,10 @@ class UnetrDecoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.blocks = SwinUNETR(
-            in_channels=1, out_channels=1, feature_size=config.start_channels, spatial_dims=2
+            in_channels=config.input_slices,
+            out_channels=1,
+            feature_size=config.start_channels,
+            spatial_dims=2,
         )
         del self.blocks.swinViT, self.blocks.out  # the encoder and the head are their own parts here
 

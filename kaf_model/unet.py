@@ -54,9 +54,12 @@ def _convolution_block(channels_in: int, channels: int) -> nn.Sequential:
 class FeatureEncoder(nn.Module):
     """What every encoder offers to decoders and to the heads of the pretraining.
 
-    Maps slices (B, 1, H, W), their keypoints (B, N, 2) and which of these are valid (B, N) to `EncoderOutput`.
+    Maps slices with what is read with them (B, S, H, W), their keypoints (B, N, 2) and which of these are valid
+    (B, N) to `EncoderOutput`.
     """
 
+    input_slices: int
+    """Slices S that are read to encode one."""
     widths: list[int]
     """Channels of each level's map, with what is concatenated to it."""
     bottleneck_width: int
@@ -73,13 +76,14 @@ class Encoder(FeatureEncoder):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         levels = config.kaf_levels if config.reads_keypoints else ()
+        self.input_slices = config.input_slices
         self.widths = []
         self.duplicate = config.architecture == "unet-c2"
         self.blocks = nn.ModuleList()
         self.kaf_layers = nn.ModuleDict()
         self.decoder_widths: list[int] = []
         """Channels of each level of the decoder."""
-        channels_in = 1
+        channels_in: int = config.input_slices
         for level in range(NUM_LEVELS):
             channels = config.start_channels * 2**level
             self.blocks.append(_convolution_block(channels_in, channels))
@@ -114,14 +118,14 @@ class Encoder(FeatureEncoder):
         """Encode slices.
 
         Args:
-            images: (B, 1, H, W), H and W divisible by 16.
+            images: (B, S, H, W), H and W divisible by 16; S as configured.
             keypoints: (B, N, 2) float (y, x) pixels; None is no keypoints.
             valid: (B, N) bool, which keypoints are real; None is all.
 
         Raises:
             ValueError: If shapes do not fit together.
         """
-        packed = pack_inputs(images, keypoints, valid)
+        packed = pack_inputs(images, keypoints, valid, input_slices=self.input_slices)
         maps: list[Tensor] = []
         keypoint_features: list[Tensor] = []
         features = images
@@ -187,7 +191,7 @@ class SegmentationNetwork(nn.Module):
         """Segment slices.
 
         Args:
-            images: (B, 1, H, W), H and W divisible by 16.
+            images: (B, S, H, W), H and W divisible by 16; S as configured.
             keypoints: (B, N, 2) float (y, x) pixels; None is no keypoints. Without KAF layers they are not read.
             valid: (B, N) bool, which keypoints are real; None is all.
 
@@ -212,11 +216,13 @@ def build_network(config: ModelConfig) -> SegmentationNetwork:
     return SegmentationNetwork(config)
 
 
-def pack_inputs(images: Tensor, keypoints: Tensor | None, valid: Tensor | None) -> PackedKeypoints:
+def pack_inputs(
+    images: Tensor, keypoints: Tensor | None, valid: Tensor | None, *, input_slices: int
+) -> PackedKeypoints:
     """Check the shapes of what goes into a network, and pack its keypoints; see `Encoder.forward`."""
-    if images.dim() != 4 or images.shape[1] != 1 or images.shape[2] % 16 or images.shape[3] % 16:
+    if images.dim() != 4 or images.shape[1] != input_slices or images.shape[2] % 16 or images.shape[3] % 16:
         raise ValueError(
-            f"images must be (B, 1, H, W) with H and W divisible by 16, got {tuple(images.shape)}"
+            f"images must be (B, {input_slices}, H, W) with H and W divisible by 16, got {tuple(images.shape)}"
         )
     if keypoints is None:
         return PackedKeypoints.none(len(images), images.device)

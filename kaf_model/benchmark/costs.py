@@ -29,19 +29,20 @@ class Costs:
     keypoints: int
 
 
-def costs_of(network: nn.Module, shape: tuple[int, int]) -> Costs:
+def costs_of(network: nn.Module, shape: tuple[int, int], *, input_slices: int = 1) -> Costs:
     """Count parameters and operations.
 
     Args:
-        network: Maps images (1, 1, H, W), keypoints (1, N, 2) and their validity to logits; left as it was.
+        network: Maps images (1, S, H, W), keypoints (1, N, 2) and their validity to logits; left as it was.
         shape: H and W, divisible by 16.
+        input_slices: S.
     """
     first = next(network.parameters())
     training = network.training
     network.eval()
     generator = torch.Generator().manual_seed(0)
     points = torch.rand(1, NUM_KEYPOINTS, 2, generator=generator) * (torch.tensor(shape) - 1)
-    image = torch.zeros(1, 1, *shape)
+    image = torch.zeros(1, input_slices, *shape)
     # Written out as products: torch does not count its fused attention on CPUs.
     with (
         torch.inference_mode(),

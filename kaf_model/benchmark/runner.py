@@ -307,7 +307,8 @@ class _Workplace:
     ) -> RunResult:
         trained: dict[str, Any] = load_header(folder.weights)["history"][-1]
         before: dict[str, Any] = {} if start is None else load_header(start)["history"][-1]
-        costs = costs_of(model.network, run.recipe.finetune.augment.crop or _COST_SHAPE)
+        shape = run.recipe.finetune.augment.crop or _COST_SHAPE
+        costs = costs_of(model.network, shape, input_slices=model.config.input_slices)
         measured = read_measurements(folder)
         return RunResult(
             parameters=costs.parameters,

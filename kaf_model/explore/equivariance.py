@@ -21,7 +21,7 @@ from kaf_model.engine import generator_for
 from kaf_model.explore.explorer import Explorer
 from kaf_model.explore.similarity import similarity_to
 from kaf_model.explore.views import LEVELS, SliceFeatures, VolumeView, level_to_pixels
-from kaf_model.slices import pad_to_multiple
+from kaf_model.slices import middle_slice, pad_to_multiple
 
 NUM_VIEWS = 2
 AUGMENTATION = AugmentConfig(crop=None, spatial_probability=1.0, intensity_probability=0.0)
@@ -35,17 +35,22 @@ class MovedSlice:
 
     Attributes:
         transform: The map, of one slice.
-        image: The moved slice, (H', W').
+        inputs: The moved slice as the network reads it, (S, H', W').
         inside: Which pixels show the slice and not what lies beyond its edge, (H', W') bool.
         kept: Indices of the slice's keypoints that are still there, (n,).
         points: Where those are now, (n, 2) pixels (y, x).
     """
 
     transform: SpatialTransform
-    image: NDArray[np.float32]
+    inputs: NDArray[np.float32]
     inside: NDArray[np.bool_]
     kept: NDArray[np.int64]
     points: NDArray[np.float32]
+
+    @property
+    def image(self) -> NDArray[np.float32]:
+        """The moved slice, (H', W')."""
+        return middle_slice(self.inputs)
 
     def carry_points(self, points: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Where pixels (y, x) of the slice went, (N, 2), and which of them are still there, (N,)."""
@@ -123,16 +128,16 @@ def random_transform(
 
 
 def move_slice(
-    image: NDArray[np.float32], keypoints: NDArray[np.float32], transform: SpatialTransform
+    inputs: NDArray[np.float32], keypoints: NDArray[np.float32], transform: SpatialTransform
 ) -> MovedSlice:
-    """Move a slice (H, W) and its keypoints (N, 2) by a transform of one slice."""
-    canvas = pad_to_multiple(torch.from_numpy(image)[None, None], 16)
+    """Move a slice as the network reads it (S, H, W) and its keypoints (N, 2) by a transform of one slice."""
+    canvas = pad_to_multiple(torch.from_numpy(inputs)[None], 16)
     positions = torch.from_numpy(keypoints)[None]
     points, valid = transform.points(positions, torch.ones(positions.shape[:2], dtype=torch.bool))
     kept = valid[0].nonzero()[:, 0].numpy()
     return MovedSlice(
         transform,
-        transform.images(canvas)[0, 0].numpy(),
+        transform.images(canvas)[0].numpy(),
         transform.inside[0].numpy(),
         kept,
         points[0].numpy()[kept],
@@ -151,14 +156,14 @@ def augment_slice(
         augment: Ranges of the transform; intensities are not changed.
     """
     transform = random_transform(view.shape, seed=seed, z=z, augment=augment)
-    moved = move_slice(view.image(z), view.keypoints(z).positions, transform)
+    moved = move_slice(view.read(z), view.keypoints(z).positions, transform)
     return look_at(view.explorer, moved)
 
 
 def look_at(explorer: Explorer, moved: MovedSlice) -> AugmentedSlice:
     """Run the network over a moved slice."""
-    features = SliceFeatures.compute(explorer, moved.image, moved.points)
-    return AugmentedSlice(moved.transform, moved.image, moved.inside, moved.kept, moved.points, features)
+    features = SliceFeatures.compute(explorer, moved.inputs, moved.points)
+    return AugmentedSlice(moved.transform, moved.inputs, moved.inside, moved.kept, moved.points, features)
 
 
 def equivariance_maps(

@@ -98,9 +98,10 @@ class Explorer:
     ) -> Explorer:
         """Build the network of a recipe with the random weights of a seed, and no matcher."""
         recipe = recipe or Recipe.preset("small")
+        config = recipe.model.override(input_slices=recipe.slices.input_slices)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            encoder = _encoder(recipe.model)
+            encoder = _encoder(config)
         note = (
             f"Untrained: random weights (seed {seed}). What you see comes from the architecture and the image "
             "alone."
@@ -110,7 +111,7 @@ class Explorer:
             note=note,
             encoder=_frozen(encoder, device),
             matching=None,
-            config=recipe.model,
+            config=config,
             slices=recipe.slices,
             keypoints=recipe.keypoints,
         )
@@ -179,10 +180,10 @@ class Explorer:
         """Run the encoder over one slice; may be called from several threads.
 
         Args:
-            image: (H, W) normalised, any size.
+            image: (S, H, W) as the network reads it, any size.
             positions: (N, 2) keypoints (y, x).
         """
-        padded = pad_to_multiple(image[None, None].float().to(self.device), 16)
+        padded = pad_to_multiple(image[None].float().to(self.device), 16)
         points, valid = pad_keypoints([positions.cpu().numpy()])
         inputs: dict[int, list[Tensor]] = {level: [] for level in self.kaf_levels}
         with self._lock, torch.no_grad():

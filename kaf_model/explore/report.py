@@ -261,7 +261,7 @@ def _match_known(tally: _Tally, view: VolumeView, z: int, seed: int) -> None:
         right = np.linalg.norm(carried[:, None] - keypoints1.positions, axis=-1) <= TOLERANCE
         right &= there[:, None]
         features0 = view.features(z)
-        features1 = SliceFeatures.compute(explorer, augmented.image, keypoints1.positions)
+        features1 = SliceFeatures.compute(explorer, augmented.inputs, keypoints1.positions)
         found = {
             "by descriptor": nearest_pairs(_unit(keypoints0.descriptors), _unit(keypoints1.descriptors)),
             "by feature": nearest_pairs(keypoint_codes(features0), keypoint_codes(features1)),

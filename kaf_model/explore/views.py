@@ -17,7 +17,7 @@ from kaf_model.config import KeypointConfig
 from kaf_model.explore.explorer import Explorer
 from kaf_model.geometry import level_cells, resample_points
 from kaf_model.keypoints import KeypointCache, Keypoints, make_detector
-from kaf_model.slices import Slices, crop_to
+from kaf_model.slices import Slices, crop_to, middle_slice
 from kaf_model.unet import NUM_LEVELS
 from kaf_model.volume import Volume
 
@@ -49,10 +49,10 @@ class SliceFeatures:
     def compute(
         cls, explorer: Explorer, image: NDArray[np.floating] | Tensor, keypoints: NDArray[np.float32]
     ) -> SliceFeatures:
-        """Run the encoder over one normalised slice (H, W) with keypoints (N, 2)."""
+        """Run the encoder over one slice as it reads it (S, H, W), with keypoints (N, 2)."""
         image = torch.as_tensor(image)
         encoded = explorer.encode(image, torch.from_numpy(np.ascontiguousarray(keypoints)))
-        shape = (image.shape[0], image.shape[1])
+        shape = (image.shape[1], image.shape[2])
         maps = []
         for level, features in zip(LEVELS, encoded.maps, strict=True):
             cropped = crop_to(features, cells_shape(shape, level)).permute(1, 2, 0)  # (h, w, C)
@@ -165,7 +165,7 @@ class VolumeView:
         self.cache = cache
         self.limit = limit
         self._detectors = {explorer.keypoints: make_detector(explorer.keypoints)}
-        self._images: OrderedDict[int, NDArray[np.float32]] = OrderedDict()
+        self._inputs: OrderedDict[int, NDArray[np.float32]] = OrderedDict()
         self._keypoints: dict[tuple[int, KeypointConfig], Keypoints] = {}
         self._features: OrderedDict[int, SliceFeatures] = OrderedDict()
         self._lock = threading.RLock()
@@ -182,12 +182,16 @@ class VolumeView:
 
     def image(self, z: int) -> NDArray[np.float32]:
         """The resampled and normalised slice z, (H, W)."""
+        return middle_slice(self.read(z))
+
+    def read(self, z: int) -> NDArray[np.float32]:
+        """Slice z with what the network reads besides, (S, H, W)."""
         with self._lock:
-            if z not in self._images:
-                self._images[z] = self.stack.images([z])[0]
-                if len(self._images) > 64:
-                    self._images.popitem(last=False)
-            return self._images[z]
+            if z not in self._inputs:
+                self._inputs[z] = self.stack.inputs([z])[0]
+                if len(self._inputs) > 64:
+                    self._inputs.popitem(last=False)
+            return self._inputs[z]
 
     def keypoints(self, z: int, config: KeypointConfig | None = None) -> Keypoints:
         """Keypoints of slice z in pixels of the resampled slice.
@@ -212,7 +216,7 @@ class VolumeView:
             if z in self._features:
                 self._features.move_to_end(z)
                 return self._features[z]
-            found = SliceFeatures.compute(self.explorer, self.image(z), self.keypoints(z).positions)
+            found = SliceFeatures.compute(self.explorer, self.read(z), self.keypoints(z).positions)
             self._features[z] = found
             kept = sum(one.nbytes for one in self._features.values())
             while kept > self.limit and len(self._features) > 1:

@@ -229,7 +229,7 @@ def _pair(
 
 def _moved(view: VolumeView, z: int, seed: int) -> MovedSlice:
     transform = random_transform(view.shape, seed=seed, z=z)
-    return move_slice(view.image(z), view.keypoints(z).positions, transform)
+    return move_slice(view.read(z), view.keypoints(z).positions, transform)
 
 
 def _maps(

@@ -73,6 +73,22 @@ def count(architecture, **overrides):
 # Form and size
 
 
+@pytest.mark.parametrize("architecture", ["kaf-unet", "unet", "unet-c2", *NEW])
+def test_every_network_reads_as_many_slices_as_it_is_told(architecture, monkeypatch):
+    monkeypatch.setattr(engine, "has_bfloat16", lambda device: False)
+    built, (images, keypoints, valid) = network(architecture, input_slices=3), batch((5, 3))
+    together = torch.cat([images, 2 * images, -images], 1)
+    logits = built(together, keypoints, valid)
+    assert logits.shape == (2, 3, *SIZE)
+    for place in range(3):
+        changed = together.clone()
+        changed[:, place] += 1
+        assert not close(built(changed, keypoints, valid), logits)
+    assert close(InferenceNetwork(built)(together, keypoints, valid), logits)
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\)"):
+        built(images, keypoints, valid)
+
+
 def test_the_published_sizes():
     # Swin-Unet has 27.17 M with 3 input channels and 9 classes.
     assert count("swin-unet", start_channels=96, num_classes=9) + 2 * 96 * 16 == pytest.approx(

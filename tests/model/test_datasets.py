@@ -65,7 +65,7 @@ def volume(name, num_slices=5, size=(48, 64), seed=0):
             [places[shown] + rng.normal(0, 0.7, (len(shown), 2)), np.ones((len(shown), 3))]
         )
         keypoints.append(Keypoints.from_columns(columns, anatomy[shown]))
-    images = rng.normal(size=(num_slices, *size)).astype(np.float16)
+    images = rng.normal(size=(num_slices, 1, *size)).astype(np.float16)
     positions = (
         np.linspace(0, 1, num_slices, dtype=np.float32) if num_slices > 1 else np.full(1, 0.5, np.float32)
     )
@@ -94,7 +94,7 @@ def test_volumes_become_slices_with_keypoints(tmp_path):
     sources = [Volume.from_array(heart.image, heart.spacing, name="one"), tmp_path / "broken.nii"]
     reports, prepared = finish(prepare_volumes(sources, SliceConfig(spacing=2.0), KeypointConfig()))
     (one,) = prepared
-    assert one.images.shape == (4, 48, 60)
+    assert one.images.shape == (4, 1, 48, 60)
     assert one.images.dtype == np.float16
     assert len(one) == len(one.keypoints) == 4
     assert one.positions.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
@@ -368,7 +368,7 @@ def labelled_slice(size=(48, 64), seed=0, foreground=(10, 30)):
     if foreground:
         labels[foreground] = 1
     keypoints = rng.uniform(0, 40, (6, 2)).astype(np.float32)
-    return LabelledSlice(rng.normal(size=size).astype(np.float16), keypoints, labels)
+    return LabelledSlice(rng.normal(size=(1, *size)).astype(np.float16), keypoints, labels)
 
 
 def labelled_slices(slices=None, **settings):
@@ -380,7 +380,7 @@ def test_without_augmentation_a_batch_is_the_slices():
     slices = [labelled_slice(seed=s) for s in range(3)]
     batch = labelled_slices(slices, batch_size=3).batch(0, CPU)
     order = [
-        next(i for i, s in enumerate(slices) if np.allclose(s.image, image[0], atol=1e-3))
+        next(i for i, s in enumerate(slices) if np.allclose(s.image, image, atol=1e-3))
         for image in batch.views.images
     ]
     assert sorted(order) == [0, 1, 2]
@@ -394,7 +394,7 @@ def test_labels_move_with_the_image():
     """A slice whose intensities are its labels stays so: wherever a pixel is well inside a structure, both agree."""
     rows, columns = np.mgrid[:48, :64]
     labels = ((rows - 20) ** 2 + (columns - 40) ** 2 < 150).astype(np.int64)
-    one = LabelledSlice(labels.astype(np.float16), np.array([[20, 40]], np.float32), labels)
+    one = LabelledSlice(labels.astype(np.float16)[None], np.array([[20, 40]], np.float32), labels)
     augment = STRONG.override(intensity_probability=0.0)
     data = labelled_slices([one], augment=augment)
     for step in range(4):
@@ -478,7 +478,7 @@ def test_gpus_augment_as_many_steps_together_as_memory_allows():
 
 def test_joined_batches_share_the_largest_canvas():
     def batch_of(height, width):
-        image = np.random.default_rng(height).normal(size=(height, width)).astype(np.float16)
+        image = np.random.default_rng(height).normal(size=(1, height, width)).astype(np.float16)
         keypoints = np.array([[3, 5], [height - 1, width - 1]], np.float32)[: height // 16]
         item = LabelledSlice(image, keypoints, np.ones((height, width), np.int64))
         return LabelledSlices([item], augment=PLAIN, foreground=0, batch_size=1, seed=0).batch(0, CPU)

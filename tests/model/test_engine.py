@@ -714,6 +714,74 @@ def test_a_frozen_encoder_keeps_its_weights(pretrained):
             assert torch.equal(value, weights[name]) == name.startswith("encoder."), name
 
 
+# Slices that are read with their neighbours
+
+
+def near(seed, statuses=None):
+    """A labelled heart whose slices lie as near to each other as its pixels."""
+    volume, labels = heart(seed, num_slices=8)
+    return LabelledVolume(
+        Volume.from_array(volume.array, (2.0, 2.0, 2.0), name=volume.name),
+        labels.astype(np.int16),
+        statuses or {2: COMPLETE, 5: COMPLETE},
+    )
+
+
+def changed(volume, z):
+    """The same volume but for one slice, which is mirrored; its intensities are normalised as before."""
+    array = volume.array.copy()
+    array[z] = array[z, ::-1, ::-1]
+    return Volume.from_array(array, volume.spacing, name=volume.name)
+
+
+@pytest.mark.parametrize("architecture", ["unet", "kaf-unet"])
+def test_near_slices_are_read_together_from_training_to_segmentation(tmp_path, architecture):
+    case = near(0)
+    training = FINETUNE.override(pseudo_labels={**PSEUDO.model_dump(), "share": 0.5})
+    config = SMALL.override(architecture=architecture)
+    output = tmp_path / "near.safetensors"
+    run_finetune(training, cases=[case], config=config, unlabelled=[near(1).volume], output=output)
+    model = load_model(output)
+    assert model.slices == SLICES.override(context=2, context_step=2.0)
+    assert model.config.input_slices == 5
+    asked = SegmentConfig(probabilities=True, orientation="fixed", largest_component="none")
+
+    def maps(volume):
+        return run(segment(model, volume, asked))[1].probabilities.astype(float)
+
+    whole = maps(case.volume)
+    differs = [z for z in range(8) if np.abs(maps(changed(case.volume, 3))[:, z] - whole[:, z]).max() > 1e-3]
+    assert differs == [1, 2, 3, 4, 5]
+    thick = Volume.from_array(case.volume.array, (8.0, 2.0, 2.0), name="thick")  # its slices are read alone
+    assert np.abs(maps(changed(thick, 3))[:, 2] - maps(thick)[:, 2]).max() < 1e-6
+    _, alone = run(segment(model, case.volume, asked, slices=[3]))
+    assert np.allclose(alone.probabilities[:, 3], whole[:, 3], atol=2e-3)
+
+
+def test_a_pretraining_reads_what_it_is_told_and_its_finetuning_the_same(tmp_path):
+    volumes, slices = [near(seed).volume for seed in range(2)], SLICES.override(context=1)
+    training = PRETRAIN.override(steps=1)
+    _, result = run(
+        pretrain(SMALL, volumes, training, slices=slices, device="cpu", output=tmp_path / "p.safetensors")
+    )
+    assert result.checkpoint.model.input_slices == 3
+    _, tuned = run_finetune(FINETUNE.override(steps=1), start=result.path, config=None, cases=[near(0)])
+    assert (tuned.model.slices, tuned.model.config.input_slices) == (slices, 3)
+    _, told = run_finetune(FINETUNE.override(steps=1), start=result.path, config=SMALL, cases=[near(0)])
+    assert told.model.config.input_slices == 3
+    _, plain = run(pretrain(SMALL, volumes, training, slices=SLICES, device="cpu"))
+    assert plain.checkpoint.model.input_slices == 1
+
+
+def test_a_finetuning_with_context_is_resumed(tmp_path):
+    training = FINETUNE.override(steps=4)
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    run_finetune(training, cases=[near(0)], output=whole)
+    run_finetune(training, cases=[near(0)], output=parts, steps=2)
+    run_finetune(training, cases=[near(0)], output=parts, resume=True)
+    assert equal(dict(load_checkpoint(whole).weights), dict(load_checkpoint(parts).weights))
+
+
 # What is handed over
 
 
@@ -721,7 +789,7 @@ def test_the_weights_that_were_best_on_held_out_slices_are_kept(monkeypatch):
     labels = np.zeros((48, 64), np.int64)
     labels[:10, :10] = 1
     labels[20:, :] = IGNORED
-    item = LabelledSlice(np.zeros((48, 64), np.float16), np.zeros((0, 2), np.float32), labels)
+    item = LabelledSlice(np.zeros((1, 48, 64), np.float16), np.zeros((0, 2), np.float32), labels)
     classes = ClassMap((ClassLabel(0, "background"), ClassLabel(1, "one"), ClassLabel(2, "not there")))
     network = build_network(SMALL.override(num_classes=3))
     average = averaging.WeightAverage(network, 0.0, [item], classes)
@@ -750,7 +818,7 @@ def slices_that_show(*channels):
     for shown in channels:
         plane = np.zeros((4, 4), np.int64)
         plane[0, : len(shown)] = shown
-        labels.append(LabelledSlice(np.zeros((4, 4), np.float16), np.zeros((0, 2), np.float32), plane))
+        labels.append(LabelledSlice(np.zeros((1, 4, 4), np.float16), np.zeros((0, 2), np.float32), plane))
     return labels
 
 
@@ -887,16 +955,16 @@ def test_probabilities_and_uncertainty(model):
 
 
 def test_flips_are_the_mean_of_four_predictions(model):
-    images = np.random.default_rng(0).normal(size=(2, 48, 64)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(2, 1, 48, 64)).astype(np.float32)
     points = [np.array([[3, 60], [40.25, 10.5]], np.float32), np.zeros((0, 2), np.float32)]
     expected = 0
     for flip_y in (False, True):
         for flip_x in (False, True):
             flipped, moved = images, [p.copy() for p in points]
             if flip_y:
-                flipped, _ = flipped[:, ::-1], [p.__setitem__((..., 0), 47 - p[..., 0]) for p in moved]
+                flipped, _ = flipped[:, :, ::-1], [p.__setitem__((..., 0), 47 - p[..., 0]) for p in moved]
             if flip_x:
-                flipped, _ = flipped[:, :, ::-1], [p.__setitem__((..., 1), 63 - p[..., 1]) for p in moved]
+                flipped, _ = flipped[..., ::-1], [p.__setitem__((..., 1), 63 - p[..., 1]) for p in moved]
             maps = predict_slices(model.network, np.ascontiguousarray(flipped), moved, model.device).numpy()
             maps = maps[:, :, ::-1] if flip_y else maps
             expected = expected + (maps[..., ::-1] if flip_x else maps) / 4
@@ -986,7 +1054,7 @@ def test_what_lies_apart_from_structures_that_lay_together_is_left_out(model, mo
     volume = heart(7)[0]
 
     def predict(network, images, *_, **__):
-        maps = torch.zeros(len(images), 4, *images.shape[1:])
+        maps = torch.zeros(len(images), 4, *images.shape[2:])
         maps[:, 0] = 0.5
         for channel, where in ((1, np.s_[2:8, 2:8]), (2, np.s_[2:8, 8:12]), (1, np.s_[20:40, 20:60])):
             maps[(slice(None), channel, *where)] = 1
@@ -1018,7 +1086,7 @@ def test_slices_are_segmented_at_the_angle_at_which_the_model_contradicts_itself
 
     def predict(network, images, keypoints, device, *, angles, flips=False):
         asked.append((len(images), list(angles)))
-        maps = torch.full((len(images), 4, *images.shape[1:]), 0.1)
+        maps = torch.full((len(images), 4, *images.shape[2:]), 0.1)
         for channel in (1, 2, 3):
             column = round(angles[0] / 10)
             columns = slice(None) if abs(angles[0] - 240) <= 30 else slice(column, column + 3)

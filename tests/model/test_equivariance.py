@@ -36,7 +36,7 @@ def moved(view, z, matrix=((1.0, 0.0), (0.0, 1.0)), offset=(0.0, 0.0)):
         sizes=torch.tensor([view.shape]),
         output_size=(48, 64),
     )
-    return look_at(view.explorer, move_slice(view.image(z), view.keypoints(z).positions, transform))
+    return look_at(view.explorer, move_slice(view.read(z), view.keypoints(z).positions, transform))
 
 
 def test_a_slice_that_is_not_moved_has_no_error(view):

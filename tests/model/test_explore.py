@@ -10,6 +10,7 @@ from kaf_model.config import CorrespondenceConfig
 from kaf_model.correspondences import UNMATCHED, find_correspondences
 from kaf_model.errors import UserError
 from kaf_model.explore.attention_weights import attention_weights
+from kaf_model.explore.equivariance import augment_slice
 from kaf_model.explore.explorer import Explorer
 from kaf_model.explore.matches import learned_matches, match_features
 from kaf_model.explore.similarity import look_alikes, peaks, similarity_maps
@@ -116,6 +117,22 @@ def test_what_is_recorded_is_what_the_encoder_computes(view):
 
 
 # --- places -----------------------------------------------------------------------------------------------
+
+
+def test_a_network_that_reads_slices_together_is_looked_into():
+    recipe = tiny_recipe()
+    recipe = recipe.override(slices=recipe.slices.override(context=1))
+    view = VolumeView(Explorer.untrained(recipe), heart())
+    assert view.read(1).shape == (3, 41, 60)
+    assert np.array_equal(view.image(1), view.stack.images([1])[0])
+    assert np.array_equal(view.read(1)[2], view.image(2))
+    changed = view.volume.array.copy()
+    changed[2] = changed[2, ::-1]
+    other = VolumeView(view.explorer, Volume.from_array(changed, view.volume.spacing, name="other"))
+    apart = [(view.features(z).maps[0] - other.features(z).maps[0]).abs().max().item() for z in range(4)]
+    assert [difference > 1e-3 for difference in apart] == [False, True, True, True]
+    moved = augment_slice(view, 1, seed=2)
+    assert moved.inputs.shape == (3, *moved.image.shape)
 
 
 def test_places_go_from_voxels_to_pixels_to_cells_and_back():
@@ -361,7 +378,7 @@ def test_without_a_matcher_it_is_said(view):
 
 def test_one_side_without_keypoints_leaves_all_unmatched(trained_view):
     nothing = SliceFeatures.compute(
-        trained_view.explorer, trained_view.image(0), Keypoints.empty(128).positions
+        trained_view.explorer, trained_view.read(0), Keypoints.empty(128).positions
     )
     found = match_features(trained_view.explorer, trained_view.features(1), nothing)
     assert len(found) == 0

@@ -171,5 +171,5 @@ def test_no_slices_and_a_wrong_shape() -> None:
     config = AugmentConfig(intensity_probability=1)
     none = torch.zeros(0, 1, 8, 8)
     assert change_intensities(none, config, generator=torch.Generator()).shape == none.shape
-    with pytest.raises(ValueError, match=r"\(2, 1, H, W\)"):
-        change_intensities(torch.zeros(2, 3, 8, 8), config, generator=torch.Generator())
+    with pytest.raises(ValueError, match=r"\(2, S, H, W\)"):
+        change_intensities(torch.zeros(2, 8, 8), config, generator=torch.Generator())

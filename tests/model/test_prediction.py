@@ -32,7 +32,7 @@ def smooth_slices(count=2, shape=(40, 60)):
     y, x = np.mgrid[: shape[0], : shape[1]] / np.array(shape).reshape(2, 1, 1)
     window = np.sin(np.pi * y) * np.sin(np.pi * x)
     waves = [np.cos(3 * y + number) * np.sin(4 * x + number) for number in range(count)]
-    return (window * np.stack(waves)).astype(np.float32)
+    return (window * np.stack(waves)).astype(np.float32)[:, None]
 
 
 def nothing(images):
@@ -40,21 +40,21 @@ def nothing(images):
 
 
 def test_padding_for_the_network_is_cut_off_again():
-    images = np.random.default_rng(0).normal(size=(1, 45, 61)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(1, 1, 45, 61)).astype(np.float32)
     network = Pixelwise()
     maps = predict_slices(network, images, nothing(images), CPU)
     assert network.images.shape == (1, 1, 48, 64)
-    assert torch.equal(maps, torch.from_numpy(np.stack([-images, images], 1)).softmax(1))
+    assert torch.equal(maps, torch.from_numpy(np.concatenate([-images, images], 1)).softmax(1))
 
 
 @pytest.mark.parametrize("angle", [90, 180, 270, -90, 450])
 @pytest.mark.parametrize("shape", [(48, 48), (32, 48)])
 def test_right_angles_are_exact(angle, shape):
-    images = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(2, 1, *shape)).astype(np.float32)
     network = Pixelwise()
     maps = predict_slices(network, images, nothing(images), CPU, angles=[angle])
-    clockwise = torch.from_numpy(np.rot90(images, -angle // 90, axes=(1, 2)).copy())
-    torch.testing.assert_close(network.images[:, 0], clockwise, atol=1e-4, rtol=0)
+    clockwise = torch.from_numpy(np.rot90(images, -angle // 90, axes=(2, 3)).copy())
+    torch.testing.assert_close(network.images, clockwise, atol=1e-4, rtol=0)
     torch.testing.assert_close(maps, predict_slices(network, images, nothing(images), CPU), atol=1e-4, rtol=0)
 
 
@@ -80,7 +80,7 @@ def test_keypoints_turn_with_their_slice(angle):
     assert network.valid.tolist() == [[True] * 3, [True, False, False]]
     turned = network.images[0, 0]
     for (y, x), (turned_y, turned_x) in zip(points, network.positions[0].tolist(), strict=True):
-        there = torch.tensor(images[0])[None, None], turned[None, None]
+        there = torch.tensor(images[0])[None], turned[None, None]
         values = []
         for picture, (row, column) in zip(there, ((y, x), (turned_y, turned_x)), strict=True):
             high, wide = picture.shape[2:]
@@ -112,7 +112,7 @@ def half_bright(angle=0):
     """A slice whose upper half is bright, turned clockwise."""
     y, x = np.mgrid[:48, :48] - 23.5
     up = np.cos(np.radians(angle)) * -y + np.sin(np.radians(angle)) * x
-    return np.where(up > 0, 1.0, -1.0).astype(np.float32)[None]
+    return np.where(up > 0, 1.0, -1.0).astype(np.float32)[None, None]
 
 
 @pytest.mark.parametrize("lies", [120, 150, 180, 210, 240])

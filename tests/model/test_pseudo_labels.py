@@ -54,7 +54,7 @@ def sure_of(channel, probability=0.9, where=(slice(0, 8), slice(0, 8))):
     """A network's stand-in: a probability for one channel in a square, background elsewhere."""
 
     def predict(network, images, positions, device):
-        maps = torch.zeros(len(images), len(CLASSES), *images.shape[1:])
+        maps = torch.zeros(len(images), len(CLASSES), *images.shape[2:])
         maps[:, 0] = 1
         maps[:, 0, *where] = 1 - probability
         maps[:, channel, *where] = probability
@@ -267,7 +267,7 @@ def test_channels_beyond_128_and_states_saved_in_bytes(monkeypatch):
     classes = ClassMap(tuple(ClassLabel(value, f"class {value}") for value in range(131)))
 
     def predict(network, images, positions, device):
-        maps = torch.zeros(len(images), len(classes), *images.shape[1:])
+        maps = torch.zeros(len(images), len(classes), *images.shape[2:])
         maps[:, 130] = 1
         return maps
 
@@ -359,7 +359,7 @@ def test_held_out_slices_count_as_not_labelled():
 
 
 def constant_slices(value):
-    image = np.zeros((32, 48), np.float16)
+    image = np.zeros((1, 32, 48), np.float16)
     return [SimpleNamespace(image=image, keypoints=np.zeros((0, 2)), labels=np.full((32, 48), value))]
 
 

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from kaf_model.config import SliceConfig
-from kaf_model.slices import Intensities, Slices, crop_to, likeliest, pad_to_multiple
+from kaf_model.slices import (
+    Intensities,
+    Slices,
+    crop_to,
+    likeliest,
+    middle_slice,
+    pad_to_multiple,
+    with_context,
+)
 from kaf_model.volume import Volume
 
 
@@ -33,6 +41,56 @@ def test_shapes_and_spacing_follow_the_target():
     assert slices.images([2, 0]).shape == (2, 64, 111)
     assert slices.images([]).shape == (0, 64, 111)
     assert slices.images(range(3)).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("thickness", "step", "expected"),
+    [
+        (
+            8.0,
+            None,
+            [[0, 0, 0, 1, 2], [1, 2, 3, 4, 5], [4, 5, 6, 6, 6]],
+        ),  # the next ones, whatever their distance
+        (1.0, 2.0, [[0, 0, 0, 2, 4], [0, 1, 3, 5, 6], [2, 4, 6, 6, 6]]),
+        (1.0, 1.5, [[0, 0, 0, 2, 3], [0, 1, 3, 5, 6], [3, 4, 6, 6, 6]]),
+        (5.0, 2.0, [[0, 0, 0, 0, 1], [2, 3, 3, 3, 4], [5, 6, 6, 6, 6]]),  # 4 mm is nearer to 5 than to 0
+        (5.0, 1.0, [[0] * 5, [3] * 5, [6] * 5]),
+    ],
+)
+def test_slices_are_read_with_those_at_their_distance(thickness, step, expected):
+    one = Volume.from_array(np.arange(7.0)[:, None, None] + np.zeros((7, 4, 6)), (thickness, 1, 1))
+    config = SliceConfig(spacing=None, clip_percentiles=(0, 100), context=2, context_step=step)
+    stack = Slices(one, config)
+    inputs = stack.inputs([0, 3, 6])
+    assert inputs.shape == (3, 5, 4, 6)
+    read = inputs[:, :, 2, 3] * stack.intensities.std + stack.intensities.mean
+    assert np.allclose(read, expected)
+    assert np.array_equal(middle_slice(inputs), stack.images([0, 3, 6]))
+
+
+def test_without_context_a_slice_is_read_alone():
+    for config in (SliceConfig(), SliceConfig(context=0), SliceConfig(context=0, context_step=2.0)):
+        stack = Slices(volume(), config)
+        assert config.input_slices == 1
+        assert np.array_equal(stack.inputs([2, 0])[:, 0], stack.images([2, 0]))
+        assert stack.inputs([]).shape == (0, 1, *stack.shape)
+    with pytest.raises(ValueError, match="slices of .* are 0 to 2, got 3"):
+        Slices(volume(), SliceConfig(context=1)).inputs([3])
+
+
+def test_near_slices_are_read_together_unless_it_is_said():
+    near, far = volume(spacing=(1.0, 1.0, 1.0)), volume(spacing=(8.0, 1.0, 1.0))
+    auto = SliceConfig(spacing=None)
+    assert with_context(auto, [near]) == auto.override(context=2, context_step=1.0)
+    assert with_context(auto, [near, far]) == with_context(auto, [far]) == auto.override(context=0)
+    assert with_context(SliceConfig(spacing=1.6), [near]).context_step == pytest.approx(1.6)
+    thick = volume(spacing=(2.0, 1.0, 1.0))
+    assert with_context(auto, [near, thick]) == auto.override(context=2, context_step=2.0)
+    assert with_context(auto.override(context=0), [near]) == auto.override(context=0)
+    asked = auto.override(context=1)
+    assert with_context(asked, [far]) == asked.override(context_step=8.0)
+    exact = auto.override(context=1, context_step=3.0)
+    assert with_context(exact, [near]) == exact
 
 
 def test_nothing_is_resampled_without_a_target_or_at_the_target():

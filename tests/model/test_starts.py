@@ -160,6 +160,15 @@ def test_the_gradient_reaches_the_whole_encoder(name, architecture, prepared):
     assert not [n for n in dead if n.startswith("encoder.")]
 
 
+@pytest.mark.parametrize("name", LEARNT)
+def test_a_start_reads_slices_together(name, tmp_path):
+    slices, training = RECIPE.slices.override(context=1), PRETRAIN.override(steps=1)
+    recipe = RECIPE.override(slices=slices, pretrain=training)
+    _, result = pretrain(name, tmp_path / "s.safetensors", recipe)
+    assert result.checkpoint.model.input_slices == 3
+    assert result.checkpoint.weights["encoder.blocks.0.0.weight"].shape[1] == 3
+
+
 @pytest.mark.parametrize("name", ["simclr", "glcl-global", "glcl-full", "rotation", "pirl", "caid"])
 def test_a_start_learns(name, tmp_path):
     """Its loss clearly falls on the slices of two hearts."""

@@ -53,7 +53,7 @@ class CaidNetwork(nn.Module):
         self.head = BottleneckHead(
             width, projection_width=training.projection_width, normalise=training.normalised_head
         )
-        self.restoration = Restoration(width)
+        self.restoration = Restoration(width, self.encoder.input_slices)
 
     def forward(self, batch: SliceBatch) -> dict[str, Tensor]:
         """Losses of one batch; what is to be restored is each view with the intensities it had."""
@@ -69,7 +69,7 @@ class CaidNetwork(nn.Module):
 class Restoration(nn.Module):
     """A decoder that sees the bottleneck alone: over skip connections a slice would restore itself."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, slices: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for _ in range(NUM_LEVELS):
@@ -79,10 +79,10 @@ class Restoration(nn.Module):
                 nn.LeakyReLU(0.01, inplace=True),
             ]
             channels //= 2
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 3, padding=1))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, slices, 3, padding=1))
 
     def forward(self, bottleneck: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, C, h, w) -> (B, 1, *size)."""
+        """(B, C, h, w) -> (B, S, *size), the slices that were read."""
         restored: Tensor = self.layers(bottleneck)
         if restored.shape[-2:] != size:  # the bottleneck of Swin encoders is twice as coarse
             restored = functional.interpolate(restored, size=size, mode="bilinear", align_corners=False)

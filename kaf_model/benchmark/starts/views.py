@@ -29,7 +29,7 @@ class SliceBatch(NamedTuple):
 
     Attributes:
         views: V * B slices, moved and with changed intensities.
-        restored: (V * B, 1, H, W) the same views with the intensities they had.
+        restored: (V * B, S, H, W) the same views with the intensities they had.
         instance: (B,) which of all slices each is.
         slice_position: (B,) in 0..1 along the volume.
     """
@@ -73,7 +73,7 @@ class SliceViews:
         chosen = [item for _, item in items_of_step(step, self.num_slices, len(self), self.seed)]
         rows = shard.rows(len(chosen))
         every = torch.cat([rows + view * len(chosen) for view in range(self.num_views)])
-        sizes = torch.tensor([self.volumes[self.index[item][0]].images.shape[1:] for item in chosen])
+        sizes = torch.tensor([self.volumes[self.index[item][0]].images.shape[2:] for item in chosen])
         transform = SpatialTransform.sample(
             self.augment,
             sizes.repeat(self.num_views, 1),
@@ -86,7 +86,7 @@ class SliceViews:
         places = [self.index[item] for item in own]
         images = stack_padded([self.volumes[v].images[z] for v, z in places]).to(device)
         keypoints, valid = pad_keypoints([self.volumes[v].keypoints[z].positions for v, z in places])
-        restored = transform.images(images[:, None].float())
+        restored = transform.images(images.float())
         moved, inside, _ = compact(*transform.points(keypoints.to(device), valid.to(device)))
         changed = self.intensity(step, self.num_views).select(every).apply(restored)
         first = own[: len(rows)]
