@@ -448,6 +448,7 @@ def test_what_was_carried_before_is_used_again():
         return found.propagation is made[0]
 
     assert used()
+    assert used(slices=SliceConfig(spacing=None, context=2, context_step=1.0))
     assert not used(values=(0, 7, 4))
     assert not used(slices=SliceConfig())
     assert not used(case=replace(case, statuses={0: COMPLETE, 1: EMPTY}))

@@ -74,7 +74,7 @@ def test_without_context_a_slice_is_read_alone():
         assert config.input_slices == 1
         assert np.array_equal(stack.inputs([2, 0])[:, 0], stack.images([2, 0]))
         assert stack.inputs([]).shape == (0, 1, *stack.shape)
-    with pytest.raises(ValueError, match="slices of .* are 0 to 2, got 3"):
+    with pytest.raises(ValueError, match=r"slices of .* are 0 to 2, got 3"):
         Slices(volume(), SliceConfig(context=1)).inputs([3])
 
 
