@@ -61,8 +61,8 @@ class SliceConfig(Settings):
     context_step: float | None = Field(
         None,
         gt=0,
-        description="Distance in mm between slices that are read together; none takes the next ones, or those of the "
-        "labelled volumes' distance.",
+        description="Distance in mm between slices that are read together; none takes the next ones, in a finetuning "
+        "that starts afresh those at the distance that the slices of the labelled volumes have.",
     )
 
     @field_validator("clip_percentiles")
