@@ -190,13 +190,14 @@ def with_context(config: SliceConfig, volumes: Sequence[Volume]) -> SliceConfig:
     """The configuration with a context that suits labelled volumes, as far as it names none itself.
 
     Slices are read together at the distance of those of the volumes, the largest if they differ; not at all where
-    the slices of any of the volumes lie too far apart.
+    the slices of any of the volumes lie too far apart, or none has two.
     """
     pixel = max(max(Slices(volume, config).spacing) for volume in volumes)
     apart = max(volume.spacing[0] for volume in volumes)
     context = config.context
     if context is None:
-        context = _CONTEXT if apart <= _NEAR * pixel else 0
+        several = any(volume.num_slices > 1 for volume in volumes)
+        context = _CONTEXT if several and apart <= _NEAR * pixel else 0
     step = config.context_step or round(apart, 4)
     return config.override(context=context, context_step=step if context else None)
 

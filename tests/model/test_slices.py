@@ -87,6 +87,9 @@ def test_near_slices_are_read_together_unless_it_is_said():
     thick = volume(spacing=(2.0, 1.0, 1.0))
     assert with_context(auto, [near, thick]) == auto.override(context=2, context_step=2.0)
     assert with_context(auto.override(context=0), [near]) == auto.override(context=0)
+    single = volume(spacing=(1.0, 1.0, 1.0), shape=(1, 96, 128))
+    assert with_context(auto, [single]) == auto.override(context=0)
+    assert with_context(auto, [single, near]).context == 2
     asked = auto.override(context=1)
     assert with_context(asked, [far]) == asked.override(context_step=8.0)
     exact = auto.override(context=1, context_step=3.0)
