@@ -91,7 +91,7 @@ def measure_costs(
         for name, build in ((KAF_UNET, _kaf_unet), (SWIN_UNETR, _swin_unetr)):
             network = build(config, count).to(device).train(training)
             for edge in edges:
-                inputs = _inputs(name, edge, num_keypoints, device)
+                inputs = _inputs(name, (config.input_slices, edge, edge), num_keypoints, device)
                 flops, peak = measure(network, inputs, training=training)
                 parameters = sum(one.numel() for one in network.parameters())
                 weights = sum(one.numel() * one.element_size() for one in network.parameters())
@@ -160,9 +160,10 @@ def _swin_unetr(config: ModelConfig, blocks: int) -> nn.Module:
     return network
 
 
-def _inputs(name: str, edge: int, num_keypoints: int, device: torch.device) -> list[Tensor]:
+def _inputs(name: str, shape: tuple[int, int, int], num_keypoints: int, device: torch.device) -> list[Tensor]:
+    edge = shape[-1]
     generator = generator_for(edge, num_keypoints)
-    image = torch.randn(1, 1, edge, edge, generator=generator).to(device)
+    image = torch.randn(1, *shape, generator=generator).to(device)
     if name == SWIN_UNETR:
         return [image]
     return [image, (torch.rand(1, num_keypoints, 2, generator=generator) * (edge - 1)).to(device)]
