@@ -56,7 +56,8 @@ class SliceConfig(Settings):
         None,
         ge=0,
         description="Slices above, and as many below, that the network reads with each slice. With none a finetuning "
-        "that starts afresh reads two where slices lie hardly farther apart than pixels; all else reads none.",
+        "that starts afresh reads two where slices lie hardly farther apart than pixels and at least eight are "
+        "labelled; all else reads none.",
     )
     context_step: float | None = Field(
         None,

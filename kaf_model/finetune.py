@@ -145,7 +145,8 @@ def finetune(
     config, slices, keypoints = _settings(config, slices, keypoints, origin)
     classes = ClassMap.of_labels(cases, class_names or _names_of(origin, cases))
     if origin is None:
-        slices = with_context(slices, [case.volume for case in cases])
+        num_labelled = sum(len(case.statuses) for case in cases)
+        slices = with_context(slices, [case.volume for case in cases], num_labelled)
     config = config.override(num_classes=len(classes), input_slices=slices.input_slices)
     fabric = fabric or make_fabric(device)
     looked_for = keypoints if config.reads_keypoints else None

@@ -184,20 +184,26 @@ class Slices:
 
 _CONTEXT = 2
 _NEAR = 2.0  # slices farther apart than this many pixels show something else, and reading them does harm
+_ENOUGH = 8  # from fewer labelled slices a network learns by heart what lies beside them
 
 
-def with_context(config: SliceConfig, volumes: Sequence[Volume]) -> SliceConfig:
+def with_context(config: SliceConfig, volumes: Sequence[Volume], num_labelled: int) -> SliceConfig:
     """The configuration with a context that suits labelled volumes, as far as it names none itself.
 
     Slices are read together at the distance of those of the volumes, the largest if they differ; not at all where
-    the slices of any of the volumes lie too far apart, or none has two.
+    the slices of any of the volumes lie too far apart, none has two, or few are labelled.
+
+    Args:
+        config: The configuration.
+        volumes: The labelled volumes.
+        num_labelled: Labelled slices of all of them.
     """
     pixel = max(max(Slices(volume, config).spacing) for volume in volumes)
     apart = max(volume.spacing[0] for volume in volumes)
     context = config.context
     if context is None:
-        several = any(volume.num_slices > 1 for volume in volumes)
-        context = _CONTEXT if several and apart <= _NEAR * pixel else 0
+        enough = num_labelled >= _ENOUGH and any(volume.num_slices > 1 for volume in volumes)
+        context = _CONTEXT if enough and apart <= _NEAR * pixel else 0
     step = config.context_step or round(apart, 4)
     return config.override(context=context, context_step=step if context else None)
 

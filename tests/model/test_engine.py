@@ -723,7 +723,7 @@ def near(seed, statuses=None):
     return LabelledVolume(
         Volume.from_array(volume.array, (2.0, 2.0, 2.0), name=volume.name),
         labels.astype(np.int16),
-        statuses or {2: COMPLETE, 5: COMPLETE},
+        statuses or dict.fromkeys(range(8), COMPLETE),
     )
 
 
@@ -740,6 +740,8 @@ def test_near_slices_are_read_together_from_training_to_segmentation(tmp_path, a
     training = FINETUNE.override(pseudo_labels={**PSEUDO.model_dump(), "share": 0.5})
     config = SMALL.override(architecture=architecture)
     output = tmp_path / "near.safetensors"
+    few = near(0, dict.fromkeys(range(7), COMPLETE))
+    assert run_finetune(training, cases=[few], config=config)[1].model.slices == SLICES.override(context=0)
     run_finetune(training, cases=[case], config=config, unlabelled=[near(1).volume], output=output)
     model = load_model(output)
     assert model.slices == SLICES.override(context=2, context_step=2.0)

@@ -81,19 +81,20 @@ def test_without_context_a_slice_is_read_alone():
 def test_near_slices_are_read_together_unless_it_is_said():
     near, far = volume(spacing=(1.0, 1.0, 1.0)), volume(spacing=(8.0, 1.0, 1.0))
     auto = SliceConfig(spacing=None)
-    assert with_context(auto, [near]) == auto.override(context=2, context_step=1.0)
-    assert with_context(auto, [near, far]) == with_context(auto, [far]) == auto.override(context=0)
-    assert with_context(SliceConfig(spacing=1.6), [near]).context_step == 1.0
+    assert with_context(auto, [near], 8) == auto.override(context=2, context_step=1.0)
+    assert with_context(auto, [near, far], 8) == with_context(auto, [far], 8) == auto.override(context=0)
+    assert with_context(SliceConfig(spacing=1.6), [near], 8).context_step == 1.0
     thick = volume(spacing=(2.0, 1.0, 1.0))
-    assert with_context(auto, [near, thick]) == auto.override(context=2, context_step=2.0)
-    assert with_context(auto.override(context=0), [near]) == auto.override(context=0)
+    assert with_context(auto, [near, thick], 8) == auto.override(context=2, context_step=2.0)
+    assert with_context(auto.override(context=0), [near], 8) == auto.override(context=0)
     single = volume(spacing=(1.0, 1.0, 1.0), shape=(1, 96, 128))
-    assert with_context(auto, [single]) == auto.override(context=0)
-    assert with_context(auto, [single, near]).context == 2
+    assert with_context(auto, [single], 8) == auto.override(context=0)
+    assert with_context(auto, [single, near], 8).context == 2
+    assert with_context(auto, [near], 7) == auto.override(context=0)
     asked = auto.override(context=1)
-    assert with_context(asked, [far]) == asked.override(context_step=8.0)
+    assert with_context(asked, [far], 8) == asked.override(context_step=8.0)
     exact = auto.override(context=1, context_step=3.0)
-    assert with_context(exact, [near]) == exact
+    assert with_context(exact, [near], 8) == exact
 
 
 def test_nothing_is_resampled_without_a_target_or_at_the_target():
