@@ -134,5 +134,6 @@ def plans(
         print(plan_text(show), end="")
         return
     out = Output()
+    width = max(map(len, shipped_plans()))
     for name in shipped_plans():
-        out.line(f"{name:24}{load_plan(name).summary}")
+        out.line(f"{name:{width}}  {load_plan(name).summary}")
