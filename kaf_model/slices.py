@@ -238,9 +238,8 @@ def likeliest(maps: torch.Tensor) -> NDArray[np.int64]:
 
     Shape: (..., K, H, W) -> (..., H, W).
     """
-    return (
-        maps.max(-3).indices.cpu().numpy()
-    )  # over any but the last dimension argmax is many times slower on CPUs
+    # Over any but the last dimension argmax is many times slower on CPUs.
+    return maps.max(-3).indices.cpu().numpy()
 
 
 def _ratio(new: tuple[int, int], old: tuple[int, int]) -> tuple[float, float]:

@@ -92,6 +92,19 @@ def test_noise_has_its_strength_and_no_other() -> None:
     assert abs(correlation) < 0.1
 
 
+@pytest.mark.parametrize("name", ["contrast", "gamma"])
+def test_slices_that_are_read_together_change_alike(name: str) -> None:
+    """Equal intensities stay equal, whichever of the slices they are on."""
+    together = torch.cat([slices(2), 2 * slices(2) - 1, slices(2)], 1)  # (2, 3, H, W)
+    together[:, 1, :8] = together[:, 0, :8]
+    changed = only(name, 0.7, 1.3).apply(together)
+    torch.testing.assert_close(changed[:, 1, :8], changed[:, 0, :8])
+    torch.testing.assert_close(changed[:, 2], changed[:, 0])
+    for changed_stack, stack, strength in zip(changed, together, (0.7, 1.3), strict=True):
+        expected = torch.from_numpy(REFERENCES[name](stack.numpy(), strength))
+        torch.testing.assert_close(changed_stack, expected, atol=1e-4, rtol=0)
+
+
 def test_gamma_keeps_the_extremes() -> None:
     images = slices()
     changed = only("gamma", 0.5, 0.8, 1.0, 1.2, 2.0).apply(images)
