@@ -165,6 +165,11 @@ def _history_rows(number: int, record: Mapping[str, Any]) -> list[tuple[str, str
         lines.append(("", f"{len(labelled)} labelled slices: {', '.join(labelled[:6])}{more}"))
     if record.get("unlabelled_slices"):
         lines.append(("", f"{record['unlabelled_slices']} unlabelled slices for pseudo-labels"))
+    if record.get("registration_dice") is not None:
+        dice = record["registration_dice"]
+        lines.append(
+            ("", f"other volumes labelled by registration; labelled ones agree so to a Dice of {dice:.2f}")
+        )
     if record.get("held_out_dice") is not None:
         lines.append(("", f"Dice on held-out slices {record['held_out_dice']:.3f}"))
     return lines

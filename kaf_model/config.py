@@ -423,6 +423,22 @@ class PseudoLabelConfig(Settings):
         ge=0,
         description="Weight of what finished slices say of the other slices of their volume; 0 leaves it to the model.",
     )
+    registered: int = Field(
+        20,
+        ge=0,
+        description="At most this many volumes without labels are labelled by registration instead, where two or more "
+        "are labelled throughout, those fit each other, and slices lie at most two pixels apart; 0 labels none so.",
+    )
+    atlases: int = Field(
+        3, ge=2, description="At most this many labelled volumes are registered to each of the others."
+    )
+    least_agreement: float = Field(
+        0.7,
+        ge=0,
+        le=1,
+        description="Dice of the labels of those labelled volumes with what they bring to each other, below which none "
+        "is labelled by registration.",
+    )
     volumes: int = Field(100, gt=0, description="At most this many volumes without labels are used.")
     confidence: float = Field(
         0.9, ge=0, le=1, description="Pixels of lower probability are left out, as if nobody had painted."

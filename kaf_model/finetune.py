@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from kaf_model.anatomy import values_in_one_piece, values_together
+from kaf_model.atlases import Atlases
 from kaf_model.averaging import WeightAverage
 from kaf_model.checkpoint import (
     Checkpoint,
@@ -46,6 +47,8 @@ from kaf_model.volume import Unreadable, Volume
 from kaf_model.volume_queue import VolumeFiles
 
 _RECENT = 50  # steps
+
+_REGISTRATION_SHARE = 0.3  # of a time budget; then the volumes that are labelled have to do
 
 
 class FinetuningNetwork(nn.Module):
@@ -213,7 +216,7 @@ def finetune(
         pseudo.load(saved)
 
     def model_now() -> Model:
-        record = _record(training, trainer, names, average.best_dice, pseudo.num_free)
+        record = _record(training, trainer, names, average.best_dice, pseudo)
         labels = tuple(
             replace(label, one_piece=label.value in one_piece, together=label.value in together)
             for label in classes.classes
@@ -240,9 +243,21 @@ def finetune(
                 yield Progress("labelling other slices", done, total)
                 began = time.monotonic()
 
+    def registered() -> Generator[Progress, None, None]:
+        most, began = training.pseudo_labels.atlases, time.monotonic()
+        atlases = Atlases(_without(cases, held), classes, slices, most=most, device=fabric.device)
+        for progress in pseudo.register(atlases):
+            trainer.spend(time.monotonic() - began)
+            yield progress
+            if trainer.fraction >= _REGISTRATION_SHARE:
+                break
+            began = time.monotonic()
+
     def steps() -> Generator[Progress, None, None]:
         if report is not None:
             yield Progress("finetuning", trainer.state.step, trainer.max_steps, message=f"start: {report}")
+        if not trainer.state.step and pool:
+            yield from registered()
         yield from pseudo_labelled()  # a training that was closed meanwhile goes on with that
         for progress in trainer.run(batches, stage="finetuning"):
             began = time.monotonic()
@@ -431,7 +446,7 @@ def _record(
     trainer: Trainer,
     labelled: Sequence[str],
     held_out_dice: float | None,
-    num_unlabelled: int,
+    pseudo: PseudoLabels,
 ) -> dict[str, Any]:
     return {
         "stage": "finetuning",
@@ -445,6 +460,7 @@ def _record(
         "curve": thinned(trainer.state.curve),
         "held_out_dice": held_out_dice,
         "labelled_slices": list(labelled),
-        "unlabelled_slices": num_unlabelled,
+        "unlabelled_slices": pseudo.num_free,
+        "registration_dice": pseudo.agreement,
         "settings": config.model_dump(mode="json"),
     }

@@ -14,7 +14,7 @@ from kaf_model.config import KeypointConfig, SliceConfig
 from kaf_model.errors import UserError
 from kaf_model.keypoints import Detector, KeypointCache, Keypoints, iter_detect, make_detector
 from kaf_model.labels import ClassMap, LabelledVolume
-from kaf_model.progress import Progress
+from kaf_model.progress import Progress, reported
 from kaf_model.slices import Slices, middle_slice
 from kaf_model.temporary_arrays import zeros_on_disk
 from kaf_model.volume import Unreadable, Volume, scan_volumes
@@ -116,25 +116,12 @@ def prepare_volumes(
                 yield Progress("preparing", number + 1, total, message=f"passed over {passed_over[-1]}")
                 continue
             slices_done = prepare_slices(volume, slices, detector, store=store, cache=cache)
-            prepared.append((yield from reported(slices_done, number, total)))
+            prepared.append((yield from reported(slices_done, Progress("preparing", number, total))))
         yield Progress("preparing", number + 1, total)
     if not prepared:
         reasons = "; ".join(passed_over[:3]) or "there was none"
         raise UserError(f"no volume can be used: {reasons}")
     return prepared
-
-
-def reported(
-    slices_done: Generator[int, None, PreparedVolume], number: int, total: int | None
-) -> Generator[Progress, None, PreparedVolume]:
-    """Report once for each batch of slices of volume `number` of `total`."""
-    while True:
-        try:
-            next(slices_done)
-        except StopIteration as done:
-            prepared: PreparedVolume = done.value
-            return prepared
-        yield Progress("preparing", number, total)
 
 
 def prepare_labelled(
@@ -161,7 +148,7 @@ def prepare_labelled(
         if not indices:
             continue
         slices_done = prepare_slices(case.volume, config, detector, store=store, cache=cache, indices=indices)
-        volume = yield from reported(slices_done, number, len(cases))
+        volume = yield from reported(slices_done, Progress("preparing", number, len(cases)))
         values = Slices(case.volume, config).labels(case.labels, indices)
         for row, z in enumerate(indices):
             where = f"slice {z} of {case.volume.name}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from kaf_model.checkpoint import Model
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,22 @@ class Progress:
     eta: float | None = None
     message: str = ""
     preview: Callable[[], Model] | None = None
+
+
+def reported(work: Generator[object, None, Result], report: Progress) -> Generator[Progress, None, Result]:
+    """Do work that pauses now and then, with one and the same report at each pause.
+
+    Args:
+        work: What is done; what it yields is passed over.
+        report: What is yielded instead.
+
+    Returns:
+        What the work returns.
+    """
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            result: Result = done.value
+            return result
+        yield report

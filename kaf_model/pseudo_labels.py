@@ -4,6 +4,9 @@ Round after round the averaged model predicts some unlabelled slices as they are
 prediction is what the model then learns from the same slices strongly augmented (weak to strong: Sohn et al.,
 FixMatch, NeurIPS 2020; averaged teacher: Tarvainen and Valpola, NeurIPS 2017). Between rounds the labels
 stay, so that a step costs no more than any other. What a person painted is never overruled.
+
+Where several volumes are labelled throughout and fit each other, they are registered to unlabelled ones instead
+(`atlases.py`): those labels are there before the first step, and stay.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kaf_model.anatomy import keep_largest_components, keep_together
+from kaf_model.atlases import Atlases
 from kaf_model.config import KeypointConfig, PseudoLabelConfig, SliceConfig
 from kaf_model.engine import generator_for
 from kaf_model.inference import InferenceNetwork
@@ -33,9 +37,8 @@ from kaf_model.preparation import (
     PreparedVolume,
     SliceStore,
     prepare_slices,
-    reported,
 )
-from kaf_model.progress import Progress
+from kaf_model.progress import Progress, reported
 from kaf_model.propagation import Propagation, propagate
 from kaf_model.segment import in_batches, slices_at_once
 from kaf_model.slices import Slices
@@ -105,7 +108,7 @@ def prepare_unlabelled(
             continue
         wanted = sorted({*_evenly(free, config.slices), *case.statuses})
         work = prepare_slices(case.volume, slices, detector, store=store, cache=cache, indices=wanted)
-        prepared = yield from reported(work, number, len(cases))
+        prepared = yield from reported(work, Progress("preparing", number, len(cases)))
         values = Slices(case.volume, slices).labels(case.labels, wanted)
         known = np.full(values.shape, IGNORED, np.int64)
         for row, z in enumerate(wanted):
@@ -125,7 +128,7 @@ def prepare_unlabelled(
             continue
         wanted = _evenly(range(volume.num_slices), config.slices)
         work = prepare_slices(volume, slices, detector, store=store, cache=cache, indices=wanted)
-        prepared = yield from reported(work, number, None)
+        prepared = yield from reported(work, Progress("preparing", number, None))
         pool.append(UnlabelledVolume(prepared, None, tuple(range(len(wanted))), tuple(wanted)))
     return pool
 
@@ -134,8 +137,9 @@ class PseudoLabels:
     """The pseudo-labelled slices of a training, renewed now and then.
 
     Attributes:
-        slices: What to learn from at present; empty before the first round.
+        slices: What to learn from at present; empty before the first round, unless there is something registered.
         round: Rounds done.
+        agreement: Dice of labelled volumes that were registered to each other, if others are labelled so; else None.
         num_free: Slices that may be labelled.
 
     Args:
@@ -175,6 +179,43 @@ class PseudoLabels:
         self._seed = seed
         self._at_once: int | None = None
         self._labels: dict[int, NDArray[np.int16]] = {}
+        self.agreement: float | None = None
+        self._registered: dict[int, NDArray[np.int16]] = {}
+        self._reached: frozenset[int] = frozenset()
+
+    def register(self, atlases: Atlases) -> Generator[Progress, None, None]:
+        """Label volumes by registration, for good; the model is then not asked about those that can be reached so.
+
+        Can be closed at any yield, and keeps what it has done.
+
+        Args:
+            atlases: Volumes that are labelled throughout.
+
+        Yields:
+            Progress, first in registrations of the atlases to each other, then in volumes.
+        """
+        others = [(index, volume) for index, volume in enumerate(self._pool) if volume.known is None]
+        reached = [i for i, volume in others if atlases.can_reach(volume.prepared, volume.indices)]
+        if len(atlases) < 2 or not reached or not self.config.registered:
+            return
+        agreement = yield from atlases.compare()
+        fits = agreement >= self.config.least_agreement
+        found = f"registered to each other, the labelled volumes agree to a Dice of {agreement:.2f}"
+        so = "others are labelled by them" if fits else "too little to label others by them"
+        yield Progress("comparing labelled volumes", len(atlases), len(atlases), message=f"{found}: {so}")
+        if not fits:
+            return
+        self.agreement, self._reached = agreement, frozenset(reached)
+        order = torch.randperm(len(reached), generator=generator_for(self._seed, 8)).tolist()
+        chosen = [reached[place] for place in order[: self.config.registered]]
+        for done, index in enumerate(chosen):
+            volume = self._pool[index]
+            work = atlases.carry(volume.prepared, volume.indices)
+            labels = yield from reported(work, Progress("labelling by registration", done, len(chosen)))
+            if labels is not None:
+                self._registered[index] = labels
+                self._gather()
+        yield Progress("labelling by registration", len(chosen), len(chosen))
 
     def is_due(self, fraction: float, dice: float) -> bool:
         """Whether the next round is due.
@@ -184,7 +225,7 @@ class PseudoLabels:
             dice: Soft Dice on what was learnt from lately; a model that is not good on that labels nothing.
         """
         good = bool(self.round) or dice >= self.config.least_dice
-        return bool(self._pool) and good and self._due <= fraction < 1
+        return len(self._pool) > len(self._reached) and good and self._due <= fraction < 1
 
     def renew(
         self, network: InferenceNetwork, device: torch.device, fraction: float, drawn: float = math.inf
@@ -205,6 +246,7 @@ class PseudoLabels:
             OutOfMemory: If not even one slice fits the device; before, fewer are predicted at a time.
         """
         order = torch.randperm(len(self._pool), generator=generator_for(self._seed, self.round, 7)).tolist()
+        order = [index for index in order if index not in self._reached]
         free = np.cumsum([len(self._pool[index].free) for index in order])
         wanted = min(self.config.slices, drawn / USES)
         chosen = order[: int(np.searchsorted(free, wanted)) + 1]
@@ -232,15 +274,25 @@ class PseudoLabels:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that `load` takes back."""
-        tensors = {f"pseudo.{index}": torch.from_numpy(labels) for index, labels in self._labels.items()}
-        due = torch.tensor(self._due, dtype=torch.float64)
-        return {**tensors, "pseudo.round": torch.tensor(self.round), "pseudo.due": due}
+        known = {**self._labels, **self._registered}
+        tensors = {f"pseudo.{index}": torch.from_numpy(labels) for index, labels in known.items()}
+        tensors["pseudo.round"] = torch.tensor(self.round)
+        tensors["pseudo.due"] = torch.tensor(self._due, dtype=torch.float64)
+        if self.agreement is not None:
+            tensors["pseudo.agreement"] = torch.tensor(self.agreement, dtype=torch.float64)
+            tensors["pseudo.reached"] = torch.tensor(sorted(self._reached))
+        return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go back to what `state` gave; other tensors are passed over."""
         own = {name[7:]: value for name, value in tensors.items() if name.startswith("pseudo.")}
         self.round, self._due = int(own.pop("round")), float(own.pop("due"))
-        self._take({int(index): value.short().numpy() for index, value in own.items()})
+        if "agreement" in own:
+            self.agreement = float(own.pop("agreement"))
+            self._reached = frozenset(own.pop("reached").tolist())
+        labels = {int(index): value.short().numpy() for index, value in own.items()}
+        self._registered = {index: labels.pop(index) for index in self._reached.intersection(labels)}
+        self._take(labels)
 
     def _predict(
         self, volume: UnlabelledVolume, rows: slice, network: InferenceNetwork, device: torch.device
@@ -278,8 +330,11 @@ class PseudoLabels:
 
     def _take(self, labels: dict[int, NDArray[np.int16]]) -> None:
         self._labels = labels
+        self._gather()
+
+    def _gather(self) -> None:
         self.slices = []
-        for index, found in sorted(labels.items()):
+        for index, found in sorted({**self._labels, **self._registered}.items()):
             volume = self._pool[index]
             for row in volume.free:
                 channels = found[row].astype(np.int64)

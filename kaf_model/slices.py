@@ -183,8 +183,17 @@ class Slices:
 
 
 _CONTEXT = 2
-_NEAR = 2.0  # slices farther apart than this many pixels show something else, and reading them does harm
+_NEAR = 2.0  # pixels
 _ENOUGH = 8  # from fewer labelled slices a network learns by heart what lies beside them
+
+
+def lie_near(spacing: Sequence[float]) -> bool:
+    """Whether slices lie so near to each other that the next one shows the same: at most two pixels apart.
+
+    Args:
+        spacing: mm between slices, and of their pixels (z, y, x).
+    """
+    return spacing[0] <= _NEAR * max(spacing[1:])
 
 
 def with_context(config: SliceConfig, volumes: Sequence[Volume], num_labelled: int) -> SliceConfig:
@@ -203,7 +212,7 @@ def with_context(config: SliceConfig, volumes: Sequence[Volume], num_labelled: i
     context = config.context
     if context is None:
         enough = num_labelled >= _ENOUGH and any(volume.num_slices > 1 for volume in volumes)
-        context = _CONTEXT if enough and apart <= _NEAR * pixel else 0
+        context = _CONTEXT if enough and lie_near((apart, pixel, pixel)) else 0
     step = config.context_step or round(apart, 4)
     return config.override(context=context, context_step=step if context else None)
 
