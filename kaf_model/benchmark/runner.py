@@ -137,6 +137,8 @@ def run_benchmark(
             try:
                 message = yield from work.do(run)
             except (UserError, NonFiniteLoss) as error:
+                if _while_closing(error):  # what was reached could not be saved
+                    raise
                 failed.append((str(run), str(error)))
                 message = f"{run}: failed: {error}"
         done += 1
@@ -144,6 +146,12 @@ def run_benchmark(
         yield Progress("runs", len(runs) - len(waiting), len(runs), eta=left, message=message)
     elsewhere = sum(not folders[run.folder].finished for run in waiting)
     return BenchmarkResult(len(runs) - len(failed) - elsewhere, skipped, tuple(failed), elsewhere)
+
+
+def _while_closing(error: BaseException) -> bool:
+    """Whether something failed because, or while, a generator was closed."""
+    context = error.__context__
+    return context is not None and (isinstance(context, GeneratorExit) or _while_closing(context))
 
 
 class _Workplace:

@@ -22,7 +22,7 @@ from kaf_model.benchmark.plan import Plan
 from kaf_model.benchmark.records import RunFolder
 from kaf_model.benchmark.runner import BenchmarkResult, plan_runs, run_benchmark
 from kaf_model.benchmark.scoring import pooled_dice
-from kaf_model.checkpoint import count_parameters, load_checkpoint
+from kaf_model.checkpoint import CheckpointError, count_parameters, load_checkpoint
 from kaf_model.config import ModelConfig
 from kaf_model.engine import NonFiniteLoss, make_fabric
 from kaf_model.errors import UserError
@@ -453,6 +453,17 @@ def test_a_run_that_fails_does_not_stop_the_others(
     monkeypatch.undo()
     result, _ = finish(work(tiny(), hearts, tmp_path, cache))
     assert result == BenchmarkResult(2, 1, ())
+
+
+def test_what_cannot_be_saved_when_it_is_stopped_is_said(
+    hearts: Path, cache: KeypointCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise CheckpointError("cannot write: no space left")
+
+    monkeypatch.setattr("kaf_model.finetune.save_checkpoint", full)
+    with pytest.raises(CheckpointError, match="no space left"):
+        stop_at(work(tiny(), hearts, tmp_path / "b", cache), "finetuning", 2)
 
 
 def test_a_pretraining_that_fails_is_tried_once(hearts: Path, cache: KeypointCache, tmp_path: Path) -> None:
