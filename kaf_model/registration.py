@@ -23,18 +23,18 @@ Box = tuple[slice, slice, slice]
 LEAST_VARIANCE = 1e-4
 """Variance in a window, of images with variance 1, below which it counts as this much: nothing is to be seen there."""
 
-MARGIN = 6.0
+MARGIN = 4.0
 """Margin around the structures in which the images have to fit, in units of the registration."""
 
 MOST_VOXELS = 100_000
 """About how many voxels are compared at once; larger volumes and structures are compared more coarsely."""
 
-_AFFINE_STEPS, _AFFINE_RATE = 40, 0.02
-_LEVELS = ((2, 4, 40), (1, 2, 20))  # units a voxel, units between velocities, steps
+_AFFINE_STEPS, _AFFINE_RATE = 30, 0.02
+_LEVELS = ((2, 4, 40), (1, 2, 15))  # units a voxel, units between velocities, steps
 _VELOCITY_RATE = 0.15  # units
 _WINDOW = 5  # voxels of a level along an axis; the finest has two more
 _SMOOTHNESS = 0.02
-_HALVINGS = 4  # of the velocity, before it is followed that often, each time twice as far
+_HALVINGS = 3  # of the velocity, before it is followed that often, each time twice as far
 _STEPS_A_PAUSE = 5
 
 
