@@ -424,7 +424,7 @@ class PseudoLabelConfig(Settings):
         description="Weight of what finished slices say of the other slices of their volume; 0 leaves it to the model.",
     )
     registered: int = Field(
-        20,
+        40,
         ge=0,
         description="At most this many volumes without labels are labelled by registration instead, where two or more "
         "are labelled throughout, those fit each other, and slices lie at most two pixels apart; 0 labels none so.",
