@@ -126,7 +126,7 @@ class Atlases:
             brought = torch.zeros(size, device=self._device)
             for (atlas, found), weight in zip(arrived, weights, strict=True):
                 inner = _within(found.box, box)
-                there = sampled((atlas.channels == channel).float()[None], found.points)[0]
+                there = sampled((atlas.channels == channel).float()[None], found.points, beyond="zeros")[0]
                 brought[inner] += weight[inner] * there
             background -= brought
             channels[brought > best] = channel
@@ -161,7 +161,7 @@ class Atlases:
         carried = torch.zeros_like(truth)
         if found is not None:
             for channel in range(1, self._num_channels):
-                part = sampled((atlas.channels == channel).float()[None], found.points)[0]
+                part = sampled((atlas.channels == channel).float()[None], found.points, beyond="zeros")[0]
                 carried[found.box][part > 0.5] = channel
         scores = []
         for channel in range(1, self._num_channels):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ _WINDOW = 5  # voxels of a level along an axis; the finest has two more
 _SMOOTHNESS = 0.02
 _HALVINGS = 3  # of the velocity, before it is followed that often, each time twice as far
 _STEPS_A_PAUSE = 5
+_SOME = 0.1  # of a window that is structure: enough to look there
 
 
 @dataclass(frozen=True)
@@ -105,32 +107,25 @@ def register(moving: Picture, structure: Tensor, fixed: Picture) -> Generator[No
     if not structure.any():
         return None
     unit = _unit(moving, structure, fixed)
-    laid = yield from _affine(moving, fixed, unit)
-    there = (sampled(structure.float()[None], laid)[0] > 0.5).nonzero()
-    if not len(there):
+    affine = yield from _affine(moving, fixed, unit)
+    box = _box(moving, structure, fixed, affine, unit)
+    if box is None:
         return None
-    margin = [math.ceil(MARGIN * unit / size) for size in fixed.spacing]
-    low, high = there.amin(0).tolist(), there.amax(0).tolist()
-    depth, lines, columns = (
-        slice(max(first - more, 0), min(last + more + 1, size))
-        for first, last, more, size in zip(low, high, margin, fixed.shape, strict=True)
-    )
-    box = depth, lines, columns
-    points = yield from _diffeomorphism(moving, fixed, laid[box], box, unit)
+    points = yield from _diffeomorphism(moving, fixed, affine, box, unit)
     around = _windows(_WINDOW * unit, fixed.spacing)
     seen = fixed.values[box]
     fit = _Likeness(seen, around)(sampled(moving.values[None], points)[0])
     return Registered(box, points, windowed(fit[None], around)[0])
 
 
-def sampled(maps: Tensor, points: Tensor) -> Tensor:
-    """Read maps between their voxels; beyond their borders they go on as they end.
+def sampled(maps: Tensor, points: Tensor, *, beyond: Literal["border", "zeros"] = "border") -> Tensor:
+    """Read maps between their voxels; beyond their borders they go on as they end, or are zero.
 
     Shape: (C, Z, H, W), (z, h, w, 3) voxel coordinates -> (C, z, h, w).
     """
     last = torch.tensor(maps.shape[1:], dtype=torch.float32, device=maps.device) - 1
     grid = (2 * points / last.clamp_min(1) - 1).flip(-1)[None]
-    return functional.grid_sample(maps[None], grid, padding_mode="border", align_corners=True)[0]
+    return functional.grid_sample(maps[None], grid, padding_mode=beyond, align_corners=True)[0]
 
 
 def windowed(maps: Tensor, sizes: Sequence[int], stride: int = 1) -> Tensor:
@@ -191,42 +186,80 @@ def _unit(moving: Picture, structure: Tensor, fixed: Picture) -> float:
     return max(pixel, math.cbrt(volume / MOST_VOXELS))
 
 
-def _affine(moving: Picture, fixed: Picture, unit: float) -> Generator[None, None, Tensor]:
-    """Voxel coordinates in the moving image of all voxels of the fixed one, (Z, H, W, 3)."""
-    size = math.prod(n * mm for n, mm in zip(fixed.shape, fixed.spacing, strict=True))
-    apart = max(2 * unit, math.cbrt(size / MOST_VOXELS))
-    steps = fixed.steps(apart)
-    every = (slice(None, None, steps[0]), slice(None, None, steps[1]), slice(None, None, steps[2]))
-    mm, moving_mm, middle = fixed.mm(fixed.values), moving.mm(fixed.values), moving.middle()
-    reach = (fixed.middle() * mm).max().clamp_min(1)
-    all_at = (_voxels(fixed.shape, fixed.values.device) - fixed.middle()) * mm / reach  # -1 to 1
-    change = torch.zeros(3, 4, device=fixed.values.device, requires_grad=True)
+@dataclass(frozen=True)
+class _Affine:
+    """A map of voxels of the fixed image into the moving one.
 
-    def laid(at: Tensor) -> Tensor:
-        moved = at + at @ change[:, :3].T + change[:, 3]
-        there: Tensor = moved * reach / moving_mm + middle
+    Attributes:
+        change: (3, 4) what differs from laying the centres onto each other, in coordinates of -1 to 1.
+        reach: Half of the longest side of the fixed image, mm.
+    """
+
+    moving: Picture
+    fixed: Picture
+    change: Tensor
+    reach: float
+
+    def __call__(self, voxels: Tensor) -> Tensor:
+        """Voxel coordinates (..., 3) in the fixed image -> in the moving one."""
+        at = (voxels - self.fixed.middle()) * self.fixed.mm(voxels) / self.reach
+        moved = at + at @ self.change[:, :3].T + self.change[:, 3]
+        there: Tensor = moved * self.reach / self.moving.mm(voxels) + self.moving.middle()
         return there
 
+
+def _affine(moving: Picture, fixed: Picture, unit: float) -> Generator[None, None, _Affine]:
+    apart = max(2 * unit, _coarse(fixed))
+    steps = fixed.steps(apart)
+    reach = max(*((n - 1) * mm / 2 for n, mm in zip(fixed.shape, fixed.spacing, strict=True)), 1.0)
+    change = torch.zeros(3, 4, device=fixed.values.device, requires_grad=True)
+    affine = _Affine(moving, fixed, change, reach)
     seen = moving.smoothed(moving.steps(apart))[None]
     spacing = [mm * step for mm, step in zip(fixed.spacing, steps, strict=True)]
-    likeness = _Likeness(fixed.smoothed(steps)[every], _windows(_WINDOW * apart, spacing))
-    some_at = all_at[every]
+    likeness = _Likeness(fixed.smoothed(steps)[_every(steps)], _windows(_WINDOW * apart, spacing))
+    at = _voxels(fixed.shape, fixed.values.device, steps)
     optimiser = torch.optim.Adam([change], lr=_AFFINE_RATE)
     for step in range(_AFFINE_STEPS):
-        _descend(optimiser, -likeness(sampled(seen, laid(some_at))[0]).mean())
+        _descend(optimiser, -likeness(sampled(seen, affine(at))[0]).mean())
         if step % _STEPS_A_PAUSE == 0:
             yield
-    with torch.no_grad():
-        return laid(all_at)
+    return _Affine(moving, fixed, change.detach(), reach)
+
+
+def _box(moving: Picture, structure: Tensor, fixed: Picture, affine: _Affine, unit: float) -> Box | None:
+    """Where the structure comes to lie, with a margin; looked for every few voxels."""
+    apart = max(2 * unit, _coarse(fixed))
+    steps = fixed.steps(apart)
+    spread = windowed(structure.float()[None], [2 * step + 1 for step in moving.steps(apart / 2)])
+    seen = sampled(spread, affine(_voxels(fixed.shape, fixed.values.device, steps)), beyond="zeros")[0]
+    there = (seen > _SOME).nonzero() * torch.tensor(steps, device=seen.device)
+    if not len(there):
+        return None
+    margin = [math.ceil(MARGIN * unit / mm) for mm in fixed.spacing]
+    low, high = there.amin(0).tolist(), there.amax(0).tolist()
+    depth, lines, columns = (
+        slice(max(first - more, 0), min(last + more + 1, size))
+        for first, last, more, size in zip(low, high, margin, fixed.shape, strict=True)
+    )
+    return depth, lines, columns
+
+
+def _coarse(fixed: Picture) -> float:
+    """Distance in mm at which a whole image has about as many voxels as are compared."""
+    size = math.prod(n * mm for n, mm in zip(fixed.shape, fixed.spacing, strict=True))
+    return math.cbrt(size / MOST_VOXELS)
 
 
 def _diffeomorphism(
-    moving: Picture, fixed: Picture, laid: Tensor, box: Box, unit: float
+    moving: Picture, fixed: Picture, affine: _Affine, box: Box, unit: float
 ) -> Generator[None, None, Tensor]:
-    """The coordinates `laid` (z, h, w, 3) of the voxels of a box, moved to where the images fit best."""
-    size = torch.tensor(laid.shape[:3], dtype=torch.float32, device=laid.device)
+    """Where the voxels of a box lie in the moving image, (z, h, w, 3), so that the images fit best."""
+    sides = [part.stop - part.start for part in box]
+    all_at = _voxels(sides, fixed.values.device)
+    corner = torch.tensor([float(part.start) for part in box], device=all_at.device)
+    laid = affine(all_at + corner)
+    size = torch.tensor(sides, dtype=torch.float32, device=laid.device)
     moving_mm = moving.mm(laid)
-    all_at = _voxels(laid.shape[:3], laid.device)
     velocity = torch.zeros(3, 2, 2, 2, device=laid.device)  # in units
 
     def moved(points: Tensor, at: Tensor) -> Tensor:
@@ -238,15 +271,14 @@ def _diffeomorphism(
 
     for units, apart, num_steps in _LEVELS:
         steps = fixed.steps(units * unit)
-        every = (slice(None, None, steps[0]), slice(None, None, steps[1]), slice(None, None, steps[2]))
+        every = _every(steps)
         seen = moving.smoothed(moving.steps(units * unit))[None]
         spacing = [mm * step for mm, step in zip(fixed.spacing, steps, strict=True)]
         finest = units == _LEVELS[-1][0]
         windows = _windows((_WINDOW + 2 * finest) * units * unit, spacing)
         likeness = _Likeness(fixed.smoothed(steps)[box][every], windows, stride=2 if finest else 1)
         counts = [
-            max(2, math.ceil(n / step))
-            for n, step in zip(laid.shape[:3], fixed.steps(apart * unit), strict=True)
+            max(2, math.ceil(n / step)) for n, step in zip(sides, fixed.steps(apart * unit), strict=True)
         ]
         velocity = functional.interpolate(
             velocity.detach()[None], counts, mode="trilinear", align_corners=True
@@ -269,9 +301,18 @@ def _descend(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
     optimiser.step()
 
 
-def _voxels(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Coordinates of all voxels, (Z, H, W, 3)."""
-    axes = [torch.arange(size, dtype=torch.float32, device=device) for size in shape]
+def _every(steps: Sequence[int]) -> tuple[slice, slice, slice]:
+    """Every so many voxels along each axis."""
+    depth, lines, columns = (slice(None, None, step) for step in steps)
+    return depth, lines, columns
+
+
+def _voxels(shape: Sequence[int], device: torch.device, steps: Sequence[int] = (1, 1, 1)) -> Tensor:
+    """Coordinates of voxels, (Z, H, W, 3): of all, or of every so many along each axis."""
+    axes = [
+        torch.arange(0, size, step, dtype=torch.float32, device=device)
+        for size, step in zip(shape, steps, strict=True)
+    ]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
 

@@ -45,7 +45,7 @@ def test_an_atlas_that_fits_weighs_more_than_others_together():
     volume, truth = subject((1, 0, 1))
     atlases = atlases_of(*(whole(*pair) for pair in (*strange, fitting)))
     found = done(atlases.carry(*prepared(volume)))
-    assert min(dice(found, np.searchsorted([0, 4, 7], truth))) > 0.85
+    assert min(dice(found, np.searchsorted([0, 4, 7], truth))) > 0.8
 
 
 def test_a_part_of_the_slices_is_enough():

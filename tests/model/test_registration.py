@@ -52,6 +52,7 @@ def test_maps_are_read_between_voxels_and_go_on_beyond_their_borders():
     maps = torch.arange(24.0).reshape(1, 2, 3, 4)
     points = torch.tensor([[[[0.0, 1.0, 2.5], [0.5, 0.0, 0.0], [-3.0, 0.0, 9.0]]]])
     assert torch.allclose(sampled(maps, points).flatten(), torch.tensor([6.5, 6.0, 3.0]))
+    assert torch.allclose(sampled(maps, points, beyond="zeros").flatten(), torch.tensor([6.5, 6.0, 0.0]))
 
 
 @pytest.mark.parametrize("sizes", [(3, 5, 1), (1, 1, 1), (5, 3, 7)])
@@ -134,6 +135,16 @@ def test_large_structures_are_compared_more_coarsely(monkeypatch):
     fixed = np.roll(moving, 2, axis=1)
     found = done(register(picture(moving), torch.from_numpy(structure), picture(fixed)))
     assert dice(carried(structure, found), np.roll(structure, 2, axis=1)) > 0.9
+
+
+def test_a_structure_that_ends_with_its_image_does_not_go_on_beyond():
+    """The moving image is a part of the fixed one, and its border cuts the structure."""
+    fixed, structure = texture(), ball((12, 18, 15), 7)
+    found = done(register(picture(fixed[:, :20]), torch.from_numpy(structure[:, :20]), picture(fixed)))
+    there = np.zeros(SHAPE, bool)
+    seen = sampled(torch.from_numpy(structure[:, :20]).float()[None], found.points, beyond="zeros")[0]
+    there[found.box] = (seen > 0.5).numpy()
+    assert 0.7 < there.sum() / structure[:, :20].sum() < 1.2
 
 
 def test_without_a_structure_nothing_is_looked_for():
