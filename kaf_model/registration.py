@@ -30,7 +30,7 @@ MARGIN = 4.0
 MOST_VOXELS = 100_000
 """About how many voxels are compared at once; larger volumes and structures are compared more coarsely."""
 
-_AFFINE_STEPS, _AFFINE_RATE = 30, 0.02
+_AFFINE_STEPS, _AFFINE_RATE = 40, 0.02
 _LEVELS = ((2, 4, 40), (1, 2, 15))  # units a voxel, units between velocities, steps
 _VELOCITY_RATE = 0.15  # units
 _WINDOW = 5  # voxels of a level along an axis; the finest has two more
