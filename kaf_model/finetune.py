@@ -30,7 +30,14 @@ from kaf_model.checkpoint import (
 from kaf_model.config import FinetuneConfig, KeypointConfig, ModelConfig, SliceConfig
 from kaf_model.curve import thinned
 from kaf_model.datasets import LabelledBatch, LabelledSlices, Shard, concatenate
-from kaf_model.engine import Trainer, channels_last, generator_for, make_fabric, release_memory
+from kaf_model.engine import (
+    Trainer,
+    channels_last,
+    generator_for,
+    is_out_of_memory,
+    make_fabric,
+    release_memory,
+)
 from kaf_model.errors import UserError
 from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache
@@ -245,13 +252,20 @@ def finetune(
 
     def registered() -> Generator[Progress, None, None]:
         most, began = training.pseudo_labels.atlases, time.monotonic()
-        atlases = Atlases(_without(cases, held), classes, slices, most=most, device=fabric.device)
-        for progress in pseudo.register(atlases):
-            trainer.spend(time.monotonic() - began)
-            yield progress
-            if trainer.fraction >= _REGISTRATION_SHARE:
-                break
-            began = time.monotonic()
+        try:
+            atlases = Atlases(_without(cases, held), classes, slices, most=most, device=fabric.device)
+            for progress in pseudo.register(atlases):
+                trainer.spend(time.monotonic() - began)
+                yield progress
+                if trainer.fraction >= _REGISTRATION_SHARE:
+                    break
+                began = time.monotonic()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            told = "memory ran out while labelled volumes were registered to others; training goes on without more"
+            yield Progress("labelling by registration", 0, None, message=told)
+        release_memory()
 
     def steps() -> Generator[Progress, None, None]:
         if report is not None:

@@ -205,7 +205,6 @@ class PseudoLabels:
         yield Progress("comparing labelled volumes", len(atlases), len(atlases), message=f"{found}: {so}")
         if not fits:
             return
-        self.agreement, self._reached = agreement, frozenset(reached)
         order = torch.randperm(len(reached), generator=generator_for(self._seed, 8)).tolist()
         chosen = [reached[place] for place in order[: self.config.registered]]
         for done, index in enumerate(chosen):
@@ -213,6 +212,7 @@ class PseudoLabels:
             work = atlases.carry(volume.prepared, volume.indices)
             labels = yield from reported(work, Progress("labelling by registration", done, len(chosen)))
             if labels is not None:
+                self.agreement, self._reached = agreement, frozenset(reached)
                 self._registered[index] = labels
                 self._gather()
         yield Progress("labelling by registration", len(chosen), len(chosen))

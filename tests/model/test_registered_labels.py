@@ -204,6 +204,25 @@ def test_a_resumed_finetuning_with_registered_volumes_is_the_uninterrupted_one(t
     assert resumed.curve == whole_run.curve
 
 
+@pytest.mark.parametrize("done", [0, 1])
+def test_when_memory_runs_out_the_training_goes_on(monkeypatch, done):
+    plain, asked = Atlases.carry, []
+
+    def carry(*given):
+        asked.append(given)
+        if len(asked) > done:
+            raise torch.OutOfMemoryError("no room")
+        return plain(*given)
+
+    monkeypatch.setattr(Atlases, "carry", carry)
+    reports, result = finetuned(training=TRAINING.override(pseudo_labels=SETTINGS.override(least_dice=0)))
+    (told,) = [report.message for report in reports if "memory ran out" in report.message]
+    assert "goes on without more" in told
+    assert len(result.curve) == 5
+    assert (result.model.history[-1]["registration_dice"] is not None) is bool(done)
+    assert ("labelling other slices" in [report.stage for report in reports]) is not bool(done)
+
+
 def test_volumes_with_held_out_slices_are_no_atlases():
     reports, result = finetuned(training=TRAINING.override(holdout=0.4, holdout_every=5))
     assert "comparing labelled volumes" not in [report.stage for report in reports]
