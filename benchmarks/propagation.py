@@ -25,6 +25,7 @@ from kaf_model.benchmark.statistics import Spread
 from kaf_model.config import SliceConfig
 from kaf_model.evaluate import evaluate_volume
 from kaf_model.labels import LabelledVolume, SliceStatus
+from kaf_model.progress import finished as result_of  # `finished` are slices here
 from kaf_model.propagation import Propagation, propagate
 from kaf_model.volume import Volume, read_labels, read_volume
 
@@ -57,13 +58,7 @@ def propagated(case: LabelledVolume) -> NDArray[np.integer]:
 
 
 def _carried(case: LabelledVolume) -> Propagation | None:
-    work = propagate(case, [0, *CLASSES], SliceConfig())
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            carried: Propagation | None = done.value
-            return carried
+    return result_of(propagate(case, [0, *CLASSES], SliceConfig()))
 
 
 def copied(case: LabelledVolume) -> NDArray[np.integer]:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Generator
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,17 +25,7 @@ from kaf_model.config import SliceConfig
 from kaf_model.evaluate import evaluate_volume
 from kaf_model.labels import ClassMap, LabelledVolume
 from kaf_model.preparation import SliceStore, prepare_slices
-
-Result = TypeVar("Result")
-
-
-def finished(work: Generator[object, None, Result]) -> Result:
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            result: Result = done.value
-            return result
+from kaf_model.progress import finished
 
 
 class Carrying:

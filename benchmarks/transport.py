@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from kaf_model.keypoints import KeypointCache
 from kaf_model.phantom import make_heart
 from kaf_model.preparation import PreparedVolume, prepare_volumes
 from kaf_model.pretrain import KeypointAugmented, PretrainingNetwork
+from kaf_model.progress import finished
 from kaf_model.volume import Volume
 
 WAYS = {
@@ -47,16 +47,7 @@ def cohort() -> list[PreparedVolume]:
         volumes.append(Volume.from_array(heart.image, heart.spacing, name=f"heart{seed}"))
     with tempfile.TemporaryDirectory() as folder:
         work = prepare_volumes(volumes, SliceConfig(), KeypointConfig(), cache=KeypointCache(folder))
-        return _result(work)
-
-
-def _result(work: Iterator[object]) -> list[PreparedVolume]:
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            prepared: list[PreparedVolume] = list(end.value)
-            return prepared
+        return finished(work)
 
 
 def gradient_of_local(network: PretrainingNetwork, batch: PretrainingBatch) -> Tensor:

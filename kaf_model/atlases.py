@@ -126,7 +126,7 @@ class Atlases:
             brought = torch.zeros(size, device=self._device)
             for (atlas, found), weight in zip(arrived, weights, strict=True):
                 inner = _within(found.box, box)
-                there = sampled((atlas.channels == channel).float()[None], found.points, beyond="zeros")[0]
+                there = atlas.brought(channel, found.points)
                 brought[inner] += weight[inner] * there
             background -= brought
             channels[brought > best] = channel
@@ -161,7 +161,7 @@ class Atlases:
         carried = torch.zeros_like(truth)
         if found is not None:
             for channel in range(1, self._num_channels):
-                part = sampled((atlas.channels == channel).float()[None], found.points, beyond="zeros")[0]
+                part = atlas.brought(channel, found.points)
                 carried[found.box][part > 0.5] = channel
         scores = []
         for channel in range(1, self._num_channels):
@@ -177,6 +177,11 @@ class _Atlas:
 
     picture: Picture
     channels: Tensor
+
+    def brought(self, channel: int, points: Tensor) -> Tensor:
+        """Part 0..1 of a channel at points (z, h, w, 3) of the atlas, (z, h, w)."""
+        there: Tensor = sampled((self.channels == channel).float()[None], points, beyond="zeros")[0]
+        return there
 
 
 def _is_whole(case: LabelledVolume) -> bool:

@@ -53,3 +53,13 @@ def reported(work: Generator[object, None, Result], report: Progress) -> Generat
             result: Result = done.value
             return result
         yield report
+
+
+def finished(work: Generator[object, None, Result]) -> Result:
+    """Do work to its end, without its reports, and return its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            result: Result = done.value
+            return result

@@ -209,7 +209,7 @@ class _Affine:
 
 
 def _affine(moving: Picture, fixed: Picture, unit: float) -> Generator[None, None, _Affine]:
-    apart = max(2 * unit, _coarse(fixed))
+    apart = _coarse(fixed, unit)
     steps = fixed.steps(apart)
     reach = max(*((n - 1) * mm / 2 for n, mm in zip(fixed.shape, fixed.spacing, strict=True)), 1.0)
     change = torch.zeros(3, 4, device=fixed.values.device, requires_grad=True)
@@ -228,7 +228,7 @@ def _affine(moving: Picture, fixed: Picture, unit: float) -> Generator[None, Non
 
 def _box(moving: Picture, structure: Tensor, fixed: Picture, affine: _Affine, unit: float) -> Box | None:
     """Where the structure comes to lie, with a margin; looked for every few voxels."""
-    apart = max(2 * unit, _coarse(fixed))
+    apart = _coarse(fixed, unit)
     steps = fixed.steps(apart)
     spread = windowed(structure.float()[None], [2 * step + 1 for step in moving.steps(apart / 2)])
     seen = sampled(spread, affine(_voxels(fixed.shape, fixed.values.device, steps)), beyond="zeros")[0]
@@ -244,10 +244,10 @@ def _box(moving: Picture, structure: Tensor, fixed: Picture, affine: _Affine, un
     return depth, lines, columns
 
 
-def _coarse(fixed: Picture) -> float:
-    """Distance in mm at which a whole image has about as many voxels as are compared."""
+def _coarse(fixed: Picture, unit: float) -> float:
+    """Distance in mm at which whole images are compared: two units, more if those were too many voxels."""
     size = math.prod(n * mm for n, mm in zip(fixed.shape, fixed.spacing, strict=True))
-    return math.cbrt(size / MOST_VOXELS)
+    return max(2 * unit, math.cbrt(size / MOST_VOXELS))
 
 
 def _diffeomorphism(

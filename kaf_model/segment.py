@@ -18,7 +18,7 @@ from kaf_model.engine import OutOfMemory, is_out_of_memory, release_memory
 from kaf_model.inference import InferenceNetwork
 from kaf_model.keypoints import KeypointCache, iter_detect, make_detector
 from kaf_model.prediction import angles_at, best_angle, predict_slices, sampled
-from kaf_model.progress import Progress
+from kaf_model.progress import Progress, finished
 from kaf_model.propagation import Propagation
 from kaf_model.slices import Slices, likeliest, middle_slice
 from kaf_model.temporary_arrays import zeros_on_disk
@@ -222,13 +222,7 @@ def segment_volume(model: Model, volume: Volume, config: SegmentConfig | None = 
     Returns:
         (Z, Y, X) label values on the volume's own grid.
     """
-    work = segment(model, volume, config)
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            result: Segmentation = done.value
-            return result.labels
+    return finished(segment(model, volume, config)).labels
 
 
 class _MapStore:

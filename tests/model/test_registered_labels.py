@@ -79,9 +79,7 @@ def test_volumes_are_labelled_before_the_first_step():
     assert (found == truth).mean() > 0.98
 
 
-def test_the_model_is_not_asked_about_what_can_be_registered(monkeypatch):
-    asked = []
-    monkeypatch.setattr(pseudo_labels, "predict_slices", predicted(asked))
+def test_the_model_is_not_asked_about_what_can_be_registered():
     config = SETTINGS.override(registered=1)
     pseudo, _ = registered(FITTING, unlabelled((1, 1, 0), (0, 1, 1)), config)
     assert len(pseudo.slices) == 18  # as many volumes as was asked for
@@ -186,7 +184,7 @@ def finetuned(steps=None, training=TRAINING, **options):
     return reports, None
 
 
-def test_a_finetuning_learns_from_registered_volumes_from_the_first_step(tmp_path):
+def test_a_finetuning_learns_from_registered_volumes_from_the_first_step():
     reports, result = finetuned()
     stages = [report.stage for report in reports]
     assert stages.index("labelling by registration") < stages.index("finetuning")
