@@ -29,6 +29,7 @@ from kaf_model.config import TrainingConfig
 from kaf_model.errors import UserError
 from kaf_model.progress import Progress
 from kaf_model.replay import GradientReplay
+from kaf_model.threads import ThreadChoice, may_choose_threads
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 DEVICES: tuple[DeviceName, ...] = ("auto", "cpu", "cuda", "mps")
@@ -171,6 +172,9 @@ class TrainingState:
 class Trainer:
     """Steps an optimiser over a module that maps a batch to named losses, one of them "total".
 
+    With a time budget, which makes results depend on the machine anyway, a CPU finds out with how many threads steps
+    are quickest (`threads`).
+
     Args:
         module: Maps a batch to {"total": scalar, ...}. If its attribute `same_operations` is true, what it computes
             depends on nothing but the shape of a batch, and GPUs replay it.
@@ -209,6 +213,9 @@ class Trainer:
         self._replay = None
         if alone and getattr(module, "same_operations", False):
             self._replay = GradientReplay(module, fabric.autocast)
+        self._threads = None
+        if config.time_budget and fabric.world_size == 1 and may_choose_threads(fabric.device):
+            self._threads = ThreadChoice(torch.get_num_threads())
         budgets = [config.steps]
         if config.epochs is not None:
             budgets.append(math.ceil(config.epochs * slices_per_epoch / config.batch_size))
@@ -254,7 +261,8 @@ class Trainer:
             if statistics:
                 torch._foreach_copy_(before, statistics)
             try:
-                message = self._step(batch_at)
+                with self._threads.step() if self._threads else contextlib.nullcontext():
+                    message = self._step(batch_at)
             except BaseException:
                 if statistics:
                     torch._foreach_copy_(statistics, before)  # the forward pass has spoilt them

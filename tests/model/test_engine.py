@@ -341,6 +341,28 @@ def test_a_time_budget_ends(monkeypatch):
     assert steps[-1].eta == 0
 
 
+@pytest.mark.parametrize(
+    ("budget", "expected"), [({"steps": None, "time_budget": 60.0}, {1, 2}), ({"steps": 12}, {2})]
+)
+def test_with_a_time_budget_numbers_of_threads_are_tried(monkeypatch, budget, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    seen, forward = set(), finetune_module.FinetuningNetwork.forward
+
+    def spying(self, batch):
+        seen.add(torch.get_num_threads())
+        return forward(self, batch)
+
+    monkeypatch.setattr(finetune_module.FinetuningNetwork, "forward", spying)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run_finetune(FINETUNE.override(**budget), steps=12)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == expected
+
+
 def test_epochs_become_steps():
     reports, _ = run_finetune(
         FINETUNE.override(steps=None, epochs=3, batch_size=2), cases=[labelled(0), labelled(1)]
