@@ -24,7 +24,6 @@ from kaf_model.benchmark.splits import draw_patients, splits
 from kaf_model.config import SliceConfig
 from kaf_model.evaluate import evaluate_volume
 from kaf_model.labels import ClassMap, LabelledVolume
-from kaf_model.preparation import SliceStore, prepare_slices
 from kaf_model.progress import finished
 
 
@@ -34,7 +33,7 @@ class Carrying:
     def __init__(self, cases: list[LabelledVolume], classes: ClassMap, config: SliceConfig) -> None:
         self.seconds, self.registrations = 0.0, 0
         self.atlases = Atlases(cases, classes, config, most=len(cases))
-        self._classes, self._config = classes, config
+        self._classes = classes
 
     def agreement(self) -> float:
         """Dice of the labelled volumes with each other."""
@@ -42,16 +41,13 @@ class Carrying:
 
     def dice(self, truth: LabelledVolume) -> float:
         """Mean Dice over classes of what comes to a volume."""
-        every = range(truth.volume.num_slices)
-        work = prepare_slices(truth.volume, self._config, None, store=SliceStore(), indices=every)
-        prepared = finished(work)
         began = time.process_time()
-        channels = finished(self.atlases.carry(prepared, every))
+        found = finished(self.atlases.labels_of(truth.volume))
         self.seconds += time.process_time() - began
         self.registrations += len(self.atlases)
         labels: NDArray[np.integer] = np.zeros(truth.volume.shape, np.int64)
-        if channels is not None:
-            labels = self._classes.values[channels]
+        if found is not None:
+            labels = self._classes.values[found.channels()]
         scores = evaluate_volume(
             labels,
             truth.labels,

@@ -1,6 +1,6 @@
-"""Labels that come to an unlabelled volume from others that are labelled throughout (multi-atlas segmentation).
+"""Labels that come to a volume from others that are labelled throughout (multi-atlas segmentation).
 
-Each of a few labelled volumes, the atlases, is registered to the unlabelled one; the labels that arrive are averaged,
+Each of a few labelled volumes, the atlases, is registered to the volume; the labels that arrive are averaged,
 voxel by voxel, by how well each atlas fits there (Artaechevarria et al., Combination strategies in multi-atlas image
 segmentation, IEEE TMI 28(8), 2009; a survey: Iglesias and Sabuncu, Medical Image Analysis 24(1), 2015). Whether
 that is any good is seen first on the atlases themselves, of which each has labels to compare with.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kaf_model.config import SliceConfig
+from kaf_model.engine import is_out_of_memory, release_memory
 from kaf_model.labels import ClassMap, LabelledVolume, open_ends
 from kaf_model.preparation import PreparedVolume
 from kaf_model.progress import Progress, reported
@@ -30,6 +31,50 @@ LIKENESS_POWER = 2
 
 LEAST_LIKENESS = 1e-3
 """Lowest such correlation that is told from a lower one."""
+
+LEAST_SHARE = 0.01
+"""Lowest share of a channel in what arrives at a voxel, where a network is asked as well."""
+
+
+@dataclass(frozen=True)
+class AtlasLabels:
+    """What atlases say of a volume, on the network's grid.
+
+    Attributes:
+        shape: (n, H, W) of the slices.
+        box: Where anything arrives; elsewhere is background.
+        shares: (K, z, h, w) share 0..1 of each channel in what arrives at the voxels of the box, float16 on the CPU.
+    """
+
+    shape: tuple[int, int, int]
+    box: Box
+    shares: Tensor
+
+    def channels(self) -> NDArray[np.int16]:
+        """The likeliest channel of each pixel, (n, H, W)."""
+        labels = np.zeros(self.shape, np.int16)
+        labels[self.box] = self.shares.max(0).indices.numpy()
+        return labels
+
+    def fused(self, probabilities: Tensor, rows: Sequence[int], weight: float = 1.0) -> Tensor:
+        """Combine a network's probabilities with the shares, as a product of experts.
+
+        Args:
+            probabilities: (n, K, H, W) of the slices `rows`.
+            rows: Slices.
+            weight: Exponent on what the atlases say; 0 changes nothing.
+
+        Returns:
+            (n, K, H, W) float32 probabilities.
+        """
+        depth, *inner = self.box
+        shares = torch.zeros(probabilities.shape)
+        shares[:, 0] = 1
+        for place, row in enumerate(rows):
+            if depth.start <= row < depth.stop:
+                shares[place][:, *inner] = self.shares[:, row - depth.start].float()
+        said = shares.to(probabilities.device).clamp_min(LEAST_SHARE).log()
+        return (probabilities.clamp_min(1e-4).log() + weight * said).softmax(1)
 
 
 class Atlases:
@@ -82,6 +127,26 @@ class Atlases:
             scores.append(self._dice(atlas, found, other.channels))
         return float(np.mean(scores)) if scores else 0.0
 
+    def agreement(self, least: float, aim: str) -> Generator[Progress, None, float | None]:
+        """Compare, and tell whether the atlases fit each other well enough for something.
+
+        Args:
+            least: Dice that is enough.
+            aim: What it is enough or too little for: "label others by them".
+
+        Yields:
+            Progress in registrations, the last with a message.
+
+        Returns:
+            The Dice of `compare`; None if it is less.
+        """
+        dice = yield from self.compare()
+        fits = dice >= least
+        found = f"registered to each other, the labelled volumes agree to a Dice of {dice:.2f}"
+        so = f"{'enough' if fits else 'too little'} to {aim}"
+        yield Progress("comparing labelled volumes", len(self), len(self), message=f"{found}: {so}")
+        return dice if fits else None
+
     def can_reach(self, prepared: PreparedVolume, indices: Sequence[int]) -> bool:
         """Whether the slices of a volume lie near enough to each other.
 
@@ -93,8 +158,8 @@ class Atlases:
 
     def carry(
         self, prepared: PreparedVolume, indices: Sequence[int]
-    ) -> Generator[None, None, NDArray[np.int16] | None]:
-        """Carry the labels of all atlases to a volume.
+    ) -> Generator[None, None, AtlasLabels | None]:
+        """Carry the labels of all atlases to prepared slices of a volume.
 
         Args:
             prepared: Slices of the volume.
@@ -104,11 +169,40 @@ class Atlases:
             Nothing, several times a second or after each few steps of a registration.
 
         Returns:
-            (n, H, W) likeliest channel of each pixel of the prepared slices; None if no atlas brings any structure
-            into the volume.
+            What arrives at the prepared slices; None if no atlas brings any structure into the volume.
         """
         images = torch.from_numpy(middle_slice(np.asarray(prepared.images)).astype(np.float32))
-        picture = Picture(images.to(self._device), self._spacing(prepared, indices))
+        return (yield from self._carry(Picture(images.to(self._device), self._spacing(prepared, indices))))
+
+    def labels_of(self, volume: Volume) -> Generator[Progress, None, AtlasLabels | None]:
+        """Carry the labels of all atlases to all slices of a volume, as far as that can be done.
+
+        Yields:
+            Progress, with a message if it cannot.
+
+        Returns:
+            What arrives; None if the slices lie too far apart, no atlas brings any structure into the volume, or
+            memory runs out.
+        """
+        report = Progress("registering labelled volumes", 0, None)
+        found, why = (
+            None,
+            f"the slices of {volume.name} lie too far apart for labelled volumes to be registered to it",
+        )
+        if _near(volume, self._config):
+            why = f"no labelled volume could be registered to {volume.name}"
+            try:
+                found = yield from reported(self._carry(self._picture(volume)), report)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                why = f"memory ran out while labelled volumes were registered to {volume.name}"
+                release_memory()
+        if found is None:
+            yield replace(report, message=f"{why}: it is segmented without them")
+        return found
+
+    def _carry(self, picture: Picture) -> Generator[None, None, AtlasLabels | None]:
         arrived: list[tuple[_Atlas, Registered]] = []
         for atlas in self._atlases:
             found = yield from register(atlas.picture, atlas.channels > 0, picture)
@@ -119,33 +213,32 @@ class Atlases:
         box = _around([found.box for _, found in arrived])
         size = [part.stop - part.start for part in box]
         weights = [_weight(found, box, size) for _, found in arrived]
-        background = torch.stack(weights).sum(0)
-        best = torch.zeros(size, device=self._device)
-        channels = torch.zeros(size, dtype=torch.int16, device=self._device)
+        total = torch.stack(weights).sum(0)
+        shares = torch.zeros(self._num_channels, *size, dtype=torch.float16)
+        background = torch.ones(size, device=self._device)
         for channel in range(1, self._num_channels):
             brought = torch.zeros(size, device=self._device)
             for (atlas, found), weight in zip(arrived, weights, strict=True):
                 inner = _within(found.box, box)
-                there = atlas.brought(channel, found.points)
-                brought[inner] += weight[inner] * there
+                brought[inner] += weight[inner] * atlas.brought(channel, found.points)
+            brought /= total
             background -= brought
-            channels[brought > best] = channel
-            best = torch.maximum(best, brought)
-        channels[background >= best] = 0
-        labels = np.zeros(picture.shape, np.int16)
-        labels[box] = channels.cpu().numpy()
-        return labels
+            shares[channel] = brought
+        shares[0] = background
+        return AtlasLabels(picture.shape, box, shares)
+
+    def _picture(self, volume: Volume) -> Picture:
+        stack = Slices(volume, self._config)
+        images = torch.from_numpy(stack.images(range(stack.num_slices)))
+        return Picture(images.to(self._device), (volume.spacing[0], *stack.spacing))
 
     def _atlas(self, case: LabelledVolume, classes: ClassMap) -> _Atlas:
         stack = Slices(case.volume, self._config)
-        every = range(stack.num_slices)
-        values = stack.labels(case.without_unlabelled().labels, every)
+        values = stack.labels(case.without_unlabelled().labels, range(stack.num_slices))
         channels = np.zeros(values.shape, np.int16)
         for channel, value in enumerate(classes.values):
             channels[values == value] = channel
-        spacing = (case.volume.spacing[0], *stack.spacing)
-        images = torch.from_numpy(stack.images(every)).to(self._device)
-        return _Atlas(Picture(images, spacing), torch.from_numpy(channels).to(self._device))
+        return _Atlas(self._picture(case.volume), torch.from_numpy(channels).to(self._device))
 
     def _spacing(self, prepared: PreparedVolume, indices: Sequence[int]) -> tuple[float, float, float]:
         """Distances in mm between the prepared slices, and of their pixels: nearly what was asked for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,13 @@ from kaf_model.cli_propagate import say_open_ends
 from kaf_model.cli_settings import choose_settings
 from kaf_model.cli_train import say_notice
 from kaf_model.errors import UserError
+
+if TYPE_CHECKING:
+    from kaf_model.atlases import Atlases
+    from kaf_model.checkpoint import Model
+    from kaf_model.config import SegmentConfig
+
+_UNKNOWN_LABEL = "take a model that knows it, or correct the labels"
 
 
 def demo(
@@ -64,6 +71,24 @@ def segment(
     ] = None,
     slices: options.CompleteSlices = None,
     empty: options.EmptySlices = None,
+    atlas_images: Annotated[
+        Path | None,
+        typer.Option(
+            "--atlas-images",
+            metavar="DIR",
+            help="Folder of volumes that are labelled throughout, such as the model was finetuned on: they are "
+            "registered to each volume, and what they bring is joined with what the model says. Two or more, whose "
+            "slices lie at most two pixels apart.",
+        ),
+    ] = None,
+    atlas_labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--atlas-labels",
+            metavar="DIR",
+            help="Folder of their label maps, with the names of their volumes.",
+        ),
+    ] = None,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", metavar="", help="Also write OUT/NAME_probabilities.nii.gz.")
     ] = False,
@@ -116,6 +141,10 @@ def segment(
         raise UserError(
             "--labels needs --slices or --empty to say which slices are finished, and they need it"
         )
+    if (atlas_images is None) != (atlas_labels is None):
+        raise UserError(
+            "--atlas-images and --atlas-labels need each other: the volumes, and their label maps"
+        )
     for text in assignments or ():
         if not text.strip().startswith("segment."):
             raise UserError(f"--set {text}: the model brings its own; only segment.FIELD can be set here")
@@ -137,8 +166,9 @@ def segment(
             "--overwrite replaces label maps that are there, --skip-existing leaves them: give one"
         )
     planned = plan_outputs(source, output, overwrite=overwrite or skip_existing)
-    if labels is not None and any(plan.labels.resolve().parent == labels.resolve() for plan in planned):
-        raise UserError(f"{labels} holds what was drawn; write the label maps into another folder")
+    for drawn in (labels, atlas_labels):
+        if drawn is not None and any(plan.labels.resolve().parent == drawn.resolve() for plan in planned):
+            raise UserError(f"{drawn} holds what was drawn; write the label maps into another folder")
     todo = [plan for plan in planned if not (skip_existing and plan.labels.exists())]
     loaded = load_model(model, device=choose_device(device))
     out = Output()
@@ -154,12 +184,17 @@ def segment(
         unused = sorted(known.keys() - {volume_name(plan.volume) for plan in planned})
         if unused:
             raise UserError(f"slices of {unused[0]} are named, which is not segmented")
-        names = {label.value: label.name for label in loaded.classes}
-        check_named(known.values(), names, advice="take a model that knows it, or correct the labels")
+        check_named(known.values(), _names(loaded), advice=_UNKNOWN_LABEL)
     if not todo:
         out.line(f"all {len(planned)} label maps are there: {output}")
         return
-    work = segment_files(loaded, todo, recipe.segment, labelled=known, cache=cache, **reading)
+    atlases = None
+    if atlas_images is not None and atlas_labels is not None and recipe.segment.registration:
+        same = {"slice_axis": slice_axis, "fill_nan": fill_nan}
+        atlases = _atlases(out, loaded, recipe.segment, atlas_images, atlas_labels, **same)
+    work = segment_files(
+        loaded, todo, recipe.segment, labelled=known, atlases=atlases, cache=cache, **reading
+    )
     try:
         done = out.run(work)
     except Interrupted as stop:
@@ -179,6 +214,30 @@ def segment(
     took = duration_text(time.monotonic() - started)
     out.line(f"segmented {len(done.written)} of {len(planned)} volumes in {took}{there}{failed}: {output}")
     say_notice(out, cache.notice)
+
+
+def _names(model: Model) -> dict[int, str]:
+    return {label.value: label.name for label in model.classes}
+
+
+def _atlases(
+    out: Output, model: Model, config: SegmentConfig, images: Path, labels: Path, **reading: Any
+) -> Atlases | None:
+    """The labelled volumes that are to be registered to others; None if they do not fit each other."""
+    from kaf_model.atlases import Atlases
+    from kaf_model.cases import check_named, read_cases
+    from kaf_model.labels import ClassMap
+
+    cases = out.run(read_cases(images, labels, tell_unpaired=False, **reading))
+    check_named(cases, _names(model), advice=_UNKNOWN_LABEL)
+    atlases = Atlases(cases, ClassMap(model.classes), model.slices, most=config.atlases, device=model.device)
+    if len(atlases) < 2:
+        raise UserError(
+            "two or more volumes are needed that are labelled throughout, with slices at most two pixels apart; of "
+            f"the {len(cases)} in {images} {len(atlases)} can be registered to others"
+        )
+    agreement = out.run(atlases.agreement(config.least_agreement, "segment others by them"))
+    return None if agreement is None else atlases
 
 
 def evaluate(

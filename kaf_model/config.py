@@ -503,7 +503,8 @@ class SegmentConfig(Settings):
         "best",
         description="Segment slices as they lie (fixed), turned to the angle at which the model contradicts itself "
         "least on three slices of the volume (best), or averaged over that angle and 30 degrees either way "
-        "(average, three times the work). Volumes with finished slices are segmented as they lie.",
+        "(average, three times the work). Volumes with finished slices, and those that labelled volumes are "
+        "registered to, are segmented as they lie.",
     )
     largest_component: Literal["learned", "all", "none"] = Field(
         "learned",
@@ -516,6 +517,22 @@ class SegmentConfig(Settings):
         ge=0,
         description="Weight of what finished slices of the same volume say of the others, against the network; 0 "
         "leaves it to the network.",
+    )
+    registration: float = Field(
+        3.0,
+        ge=0,
+        description="Weight of what labelled volumes bring that are registered to a volume, where there are such, "
+        "against the network; 0 registers none.",
+    )
+    atlases: int = Field(
+        3, ge=2, description="At most this many labelled volumes are registered to a volume."
+    )
+    least_agreement: float = Field(
+        0.7,
+        ge=0,
+        le=1,
+        description="Dice of the labels of those labelled volumes with what they bring to each other, below which none "
+        "is registered.",
     )
     probabilities: bool = Field(False, description="Also return the probability of each class.")
     uncertainty: bool = Field(False, description="Also return the entropy of the class probabilities, 0..1.")

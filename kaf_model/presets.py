@@ -76,7 +76,12 @@ _PUBLISHED_FINETUNE = {
     "averaging": 0.0,
     "pseudo_labels": {"share": 0.0},
 }
-_PUBLISHED_SEGMENT = {"largest_component": "none", "propagation": 0.0, "orientation": "fixed"}
+_PUBLISHED_SEGMENT = {
+    "largest_component": "none",
+    "propagation": 0.0,
+    "registration": 0.0,
+    "orientation": "fixed",
+}
 
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {

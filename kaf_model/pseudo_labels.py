@@ -198,22 +198,18 @@ class PseudoLabels:
         reached = [i for i, volume in others if atlases.can_reach(volume.prepared, volume.indices)]
         if len(atlases) < 2 or not reached or not self.config.registered:
             return
-        agreement = yield from atlases.compare()
-        fits = agreement >= self.config.least_agreement
-        found = f"registered to each other, the labelled volumes agree to a Dice of {agreement:.2f}"
-        so = "others are labelled by them" if fits else "too little to label others by them"
-        yield Progress("comparing labelled volumes", len(atlases), len(atlases), message=f"{found}: {so}")
-        if not fits:
+        agreement = yield from atlases.agreement(self.config.least_agreement, "label others by them")
+        if agreement is None:
             return
         order = torch.randperm(len(reached), generator=generator_for(self._seed, 8)).tolist()
         chosen = [reached[place] for place in order[: self.config.registered]]
         for done, index in enumerate(chosen):
             volume = self._pool[index]
             work = atlases.carry(volume.prepared, volume.indices)
-            labels = yield from reported(work, Progress("labelling by registration", done, len(chosen)))
-            if labels is not None:
+            found = yield from reported(work, Progress("labelling by registration", done, len(chosen)))
+            if found is not None:
                 self.agreement, self._reached = agreement, frozenset(reached)
-                self._registered[index] = labels
+                self._registered[index] = found.channels()
                 self._gather()
         yield Progress("labelling by registration", len(chosen), len(chosen))
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kaf_model.anatomy import keep_largest_components, keep_together
+from kaf_model.atlases import AtlasLabels
 from kaf_model.checkpoint import Model
 from kaf_model.config import SegmentConfig
 from kaf_model.engine import OutOfMemory, is_out_of_memory, release_memory
@@ -50,6 +51,7 @@ def segment(
     *,
     slices: Sequence[int] | None = None,
     propagation: Propagation | None = None,
+    atlas_labels: AtlasLabels | None = None,
     cache: KeypointCache | None = None,
 ) -> Generator[Progress, None, Segmentation]:
     """Segment a volume slice by slice; memory beyond the result does not grow with the number of slices.
@@ -61,6 +63,7 @@ def segment(
         slices: Segment only these, without cleaning; the others stay background.
         propagation: What finished slices of this volume say of the others, for the model's classes. Their own
             labels come back as they are.
+        atlas_labels: What labelled volumes say of this one, which were registered to it, for the model's classes.
         cache: Keypoints found before.
 
     Yields:
@@ -73,8 +76,8 @@ def segment(
         OutOfMemory: If not even one slice fits the device; before, batches are made smaller.
     """
     config = config or SegmentConfig()
-    if slices is not None or propagation is not None:
-        config = config.override(orientation="fixed")  # for a look at some, or as the model has learnt them
+    if slices is not None or propagation is not None or atlas_labels is not None:
+        config = config.override(orientation="fixed")  # for a look at some, or as they are known to lie
     stack = Slices(volume, model.slices)
     wanted = list(range(volume.num_slices)) if slices is None else sorted(set(slices))
     values = np.array([label.value for label in model.classes])
@@ -85,7 +88,8 @@ def segment(
     network = _Network(model, stack, config, cache)
     angle = 0.0 if config.orientation == "fixed" else (yield from network.best_angle(wanted))
     done = 0
-    for rows, maps, message in network.maps(wanted, angles_at(angle, config.orientation), propagation):
+    angles = angles_at(angle, config.orientation)
+    for rows, maps, message in network.maps(wanted, angles, propagation, atlas_labels):
         channels = likeliest(maps)
         labels[rows] = values.astype(labels.dtype)[channels]
         if probabilities is not None:
@@ -145,7 +149,11 @@ class _Network:
             yield Progress("finding how it lies", tried, total)
 
     def maps(
-        self, wanted: Sequence[int], angles: Sequence[float], propagation: Propagation | None
+        self,
+        wanted: Sequence[int],
+        angles: Sequence[float],
+        propagation: Propagation | None,
+        atlas_labels: AtlasLabels | None,
     ) -> Iterator[tuple[list[int], Tensor, str]]:
         """Slices, their probabilities (n, K, Y, X) on the source grid, and what is to be told, batch after batch."""
         told = self._at_once
@@ -158,6 +166,8 @@ class _Network:
             )
             if propagation is not None and self._config.propagation:
                 maps = propagation.fused(maps, rows, self._config.propagation)
+            if atlas_labels is not None and self._config.registration:
+                maps = atlas_labels.fused(maps, rows, self._config.registration)
             return rows, self._stack.to_source(maps)
 
         for _batch, (rows, maps), size in in_batches(len(wanted), told, predicted):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kaf_model.atlases import Atlases
 from kaf_model.checkpoint import ClassLabel, Model
 from kaf_model.config import SegmentConfig
 from kaf_model.errors import UserError, VolumeError
@@ -128,6 +129,7 @@ def segment_files(
     config: SegmentConfig | None = None,
     *,
     labelled: Mapping[str, LabelledVolume] | None = None,
+    atlases: Atlases | None = None,
     cache: KeypointCache | None = None,
     **reading: Any,
 ) -> Generator[Progress, None, SegmentedFiles]:
@@ -139,6 +141,7 @@ def segment_files(
         config: What to write and how.
         labelled: By name, those of the volumes of which some slices are labelled: the finished ones are kept,
             and what they show is carried to the others (`propagation`).
+        atlases: Volumes that are labelled throughout, to be registered to those without finished slices.
         cache: Keypoints found before.
         **reading: As for `read_volume`.
 
@@ -160,7 +163,7 @@ def segment_files(
         try:
             case = (labelled or {}).get(volume_name(plan.volume))
             volume = case.volume if case else read_volume(plan.volume, **reading)
-            work = _segment(model, volume, config, case, cache)
+            work = _segment(model, volume, config, case, atlases, cache)
             result = yield from _counted(work, number, len(planned))
             differences = _write(plan, volume, result)
         except VolumeError as error:
@@ -234,10 +237,14 @@ def _segment(
     volume: Volume,
     config: SegmentConfig,
     case: LabelledVolume | None,
+    atlases: Atlases | None,
     cache: KeypointCache | None,
 ) -> Generator[Progress, None, Segmentation]:
     if case is None:
-        return (yield from segment(model, volume, config, cache=cache))
+        brought = None
+        if atlases is not None and config.registration:
+            brought = yield from atlases.labels_of(volume)
+        return (yield from segment(model, volume, config, atlas_labels=brought, cache=cache))
     values = [label.value for label in model.classes]
     carried = yield from propagate(case, values, model.slices)
     result = yield from segment(model, volume, config, propagation=carried, cache=cache)

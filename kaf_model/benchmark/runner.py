@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from lightning_fabric import Fabric
 
+from kaf_model.atlases import Atlases
 from kaf_model.benchmark.cohort import Case, Cohort, read_case
 from kaf_model.benchmark.costs import costs_of
 from kaf_model.benchmark.plan import Plan
@@ -31,7 +32,7 @@ from kaf_model.engine import NonFiniteLoss, make_fabric
 from kaf_model.errors import UserError
 from kaf_model.finetune import finetune
 from kaf_model.keypoints import KeypointCache
-from kaf_model.labels import LabelledVolume
+from kaf_model.labels import ClassMap, LabelledVolume
 from kaf_model.progress import Progress
 from kaf_model.text_files import write_atomically
 from kaf_model.volume_queue import VolumeFiles
@@ -204,7 +205,8 @@ class _Workplace:
         if not folder.trained:
             yield from self._train(run, folder, labelled, start, selection)
         model = load_model(self._counting(folder), device=self._fabric.device)
-        scores = yield from self._score(run, model)
+        atlases = yield from self._atlases(run, model, labelled)
+        scores = yield from self._score(run, model, atlases)
         folder.write_scores(scores)
         result = self._result(run, folder, model, labelled, start)
         folder.write_result(result)
@@ -276,7 +278,23 @@ class _Workplace:
         """The weights that count: of the last step, or, under the paper's protocol, the best."""
         return folder.best if self._plan.protocol.kind == "paper" else folder.weights
 
-    def _score(self, run: Run, model: Model) -> Generator[Progress, None, list[CaseScore]]:
+    def _atlases(
+        self, run: Run, model: Model, labelled: Sequence[LabelledVolume]
+    ) -> Generator[Progress, None, Atlases | None]:
+        """Labelled volumes that are registered to the tested ones, if they can be and fit each other."""
+        config = run.recipe.segment
+        if not config.registration or run.column.kind == "slices":
+            return None
+        classes = ClassMap(model.classes)
+        atlases = Atlases(labelled, classes, model.slices, most=config.atlases, device=model.device)
+        if len(atlases) < 2:
+            return None
+        agreement = yield from atlases.agreement(config.least_agreement, "segment others by them")
+        return None if agreement is None else atlases
+
+    def _score(
+        self, run: Run, model: Model, atlases: Atlases | None = None
+    ) -> Generator[Progress, None, list[CaseScore]]:
         return (
             yield from score_cases(
                 model,
@@ -284,6 +302,7 @@ class _Workplace:
                 self._cohort.classes,
                 run.recipe.segment,
                 total=len(run.test),
+                atlases=atlases,
                 cache=self._cache,
                 without_labelled=run.column.kind == "slices",
             )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kaf_model.atlases import Atlases
 from kaf_model.benchmark.cohort import Case
 from kaf_model.benchmark.records import CaseScore
 from kaf_model.checkpoint import Model
@@ -20,6 +22,8 @@ from kaf_model.progress import Progress
 from kaf_model.propagation import Propagation, propagate
 from kaf_model.segment import segment
 
+Result = TypeVar("Result")
+
 
 def score_cases(
     model: Model,
@@ -28,6 +32,7 @@ def score_cases(
     config: SegmentConfig,
     *,
     total: int,
+    atlases: Atlases | None = None,
     cache: KeypointCache,
     without_labelled: bool = False,
 ) -> Generator[Progress, None, list[CaseScore]]:
@@ -39,6 +44,7 @@ def score_cases(
         classes: Classes to score.
         config: How to segment.
         total: Number of cases.
+        atlases: Labelled volumes that are registered to each.
         cache: Keypoints found before.
         without_labelled: Score the slices that are not labelled, see `CaseScore`.
 
@@ -48,19 +54,28 @@ def score_cases(
     scores: list[CaseScore] = []
     for number, (case, truth) in enumerate(cases):
         carried = (yield from _carried(model, truth)) if without_labelled and config.propagation else None
-        with contextlib.closing(
-            segment(model, truth.volume, config, propagation=carried, cache=cache)
-        ) as work:
-            while True:
-                try:
-                    progress = next(work)
-                except StopIteration as done:
-                    predicted: NDArray[np.integer] = done.value.labels
-                    break
-                yield replace(progress, stage="scoring", step=number, total=total)
-        scores += compare(case, predicted, truth, classes, without_labelled=without_labelled)
+        brought = None
+        if atlases is not None:
+            brought = yield from _as_scoring(atlases.labels_of(truth.volume), number, total)
+        work = segment(model, truth.volume, config, propagation=carried, atlas_labels=brought, cache=cache)
+        predicted = yield from _as_scoring(work, number, total)
+        scores += compare(case, predicted.labels, truth, classes, without_labelled=without_labelled)
         yield Progress("scoring", number + 1, total)
     return scores
+
+
+def _as_scoring(
+    work: Generator[Progress, None, Result], number: int, total: int
+) -> Generator[Progress, None, Result]:
+    """Do a part of the work on a volume; its reports say which volume that is."""
+    with contextlib.closing(work):
+        while True:
+            try:
+                progress = next(work)
+            except StopIteration as done:
+                result: Result = done.value
+                return result
+            yield replace(progress, stage="scoring", step=number, total=total)
 
 
 def _carried(model: Model, truth: LabelledVolume) -> Generator[Progress, None, Propagation | None]:

@@ -33,7 +33,7 @@ def test_labels_arrive_where_the_image_shows_the_same():
     one, two = subject(), subject((1, -2, 1), name="w")
     atlases = atlases_of(whole(*one), whole(*two))
     volume, truth = subject((-1, 2, 2), name="u")
-    found = done(atlases.carry(*prepared(volume)))
+    found = done(atlases.carry(*prepared(volume))).channels()
     channels = np.searchsorted([0, 4, 7], truth)
     assert min(dice(np.searchsorted([0, 4, 7], one[1]), channels)) < 0.75
     assert min(dice(found, channels)) > 0.93
@@ -44,7 +44,7 @@ def test_an_atlas_that_fits_weighs_more_than_others_together():
     strange = [subject((0, 4, 0), seed=seed) for seed in (1, 2)]
     volume, truth = subject((1, 0, 1))
     atlases = atlases_of(*(whole(*pair) for pair in (*strange, fitting)))
-    found = done(atlases.carry(*prepared(volume)))
+    found = done(atlases.carry(*prepared(volume))).channels()
     assert min(dice(found, np.searchsorted([0, 4, 7], truth))) > 0.8
 
 
@@ -52,7 +52,7 @@ def test_a_part_of_the_slices_is_enough():
     """Every second slice of the volume."""
     atlases = atlases_of(whole(*subject()), whole(*subject((1, -1, 1))))
     volume, truth = subject((0, 1, -1))
-    found = done(atlases.carry(*prepared(volume, list(range(0, 18, 2)))))
+    found = done(atlases.carry(*prepared(volume, list(range(0, 18, 2))))).channels()
     assert min(dice(found, np.searchsorted([0, 4, 7], truth[::2]))) > 0.9
 
 
@@ -95,8 +95,10 @@ def test_what_is_painted_beyond_the_finished_slices_is_not_carried():
     scribbled = labels.copy()
     scribbled[0] = scribbled[17] = 4
     clean, other = LabelledVolume(volume, labels, statuses), whole(*subject((1, 0, 1)))
-    one = done(atlases_of(clean, other).carry(*prepared(subject((0, 1, 0))[0])))
-    two = done(atlases_of(replace(clean, labels=scribbled), other).carry(*prepared(subject((0, 1, 0))[0])))
+    one = done(atlases_of(clean, other).carry(*prepared(subject((0, 1, 0))[0]))).channels()
+    two = done(
+        atlases_of(replace(clean, labels=scribbled), other).carry(*prepared(subject((0, 1, 0))[0]))
+    ).channels()
     assert np.array_equal(one, two)
 
 
@@ -124,5 +126,5 @@ def test_slices_that_are_read_together_are_registered_by_their_middle_one(contex
     config = CONFIG.override(context=context, context_step=1.0 if context else None)
     atlases = Atlases([whole(*subject()), whole(*subject((1, 0, 0)))], CLASSES, config, most=3)
     volume, truth = subject((0, 2, 1))
-    found = done(atlases.carry(*prepared(volume, config=config)))
+    found = done(atlases.carry(*prepared(volume, config=config))).channels()
     assert min(dice(found, np.searchsorted([0, 4, 7], truth))) > 0.93

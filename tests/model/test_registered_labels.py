@@ -71,7 +71,7 @@ def test_volumes_are_labelled_before_the_first_step():
     assert reports[0].stage == "comparing labelled volumes"
     assert (reports[-1].stage, reports[-1].step, reports[-1].total) == ("labelling by registration", 1, 1)
     (told,) = [report.message for report in reports if report.message]
-    assert f"agree to a Dice of {pseudo.agreement:.2f}: others are labelled by them" in told
+    assert f"agree to a Dice of {pseudo.agreement:.2f}: enough to label others by them" in told
     found = np.stack([item.labels for item in pseudo.slices])
     truth = np.searchsorted([0, 4, 7], subject((1, 1, 0))[1])
     assert found.shape == truth.shape
