@@ -157,14 +157,20 @@ class BatchNorm(nn.BatchNorm2d):
 _LANES = {"AVX512": 16, "AVX2": 8}
 """Numbers in float32 that a CPU takes at a time."""
 
+_LINE = 16
+"""Numbers in float32 of a line of a CPU's cache."""
+
 
 def _pixels_beside(input: Tensor) -> int:
     """How many pixels of a map are normalised side by side, as if theirs were channels of one.
 
     torch's kernels for CPUs take a vector of channels at a time. Narrower maps, and the last few channels of others,
-    they do one by one: 8 channels take seven times as long on AVX512.
+    they do one by one: 8 channels take seven times as long on AVX512. Each of several threads adds up the statistics of
+    its pixels, beside those of the others: where two share a line of the cache they wait for each other.
     """
     lanes = _LANES.get(torch.backends.cpu.get_cpu_capability(), 1)
+    if torch.get_num_threads() > 1:
+        lanes = max(lanes, _LINE)
     if input.device.type != "cpu" or input.dim() != 4 or input.shape[1] % lanes == 0:
         return 1
     beside = 2 * lanes // math.gcd(2 * lanes, input.shape[1])

@@ -46,10 +46,20 @@ def test_it_is_torchs_own(kind, shape, training):
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("capability", "channels", "beside"), [("AVX512", 8, 4), ("AVX512", 24, 4), ("AVX2", 12, 4)]
+    ("capability", "threads", "channels", "beside"),
+    [
+        ("AVX512", 1, 8, 4),
+        ("AVX512", 1, 24, 4),
+        ("AVX2", 1, 12, 4),
+        ("AVX2", 1, 8, 1),
+        ("AVX2", 2, 8, 4),  # two threads would share a line
+        ("AVX2", 2, 16, 1),
+        ("DEFAULT", 2, 8, 4),
+    ],
 )
-def test_pixels_side_by_side_are_torchs_own(monkeypatch, capability, channels, beside, kind):
+def test_pixels_side_by_side_are_torchs_own(monkeypatch, capability, threads, channels, beside, kind):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     theirs = nn.BatchNorm2d(channels)
     ours = like(theirs)
