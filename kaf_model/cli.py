@@ -32,6 +32,7 @@ from kaf_model.cli_settings import choose_settings, settings_yaml
 from kaf_model.cli_train import finetune, pretrain
 from kaf_model.errors import UserError
 from kaf_model.heap import keep_freed_memory
+from kaf_model.openmp import let_threads_sleep
 from kaf_model.settings_layers import validation_text
 
 OK, UNEXPECTED, USER_MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -49,9 +50,7 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of this process, and return its exit code."""
-    # Threads that wait sleep instead of spinning, which on a machine with other work to do saves most of the
-    # time of a step. It must be said before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_sleep()
     if arguments is None:
         keep_freed_memory()
     given = list(sys.argv[1:] if arguments is None else arguments)

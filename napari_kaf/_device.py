@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from kaf_model.openmp import let_threads_sleep
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,7 +23,7 @@ def share_processor() -> None:
     the user has set stays. To be called on the worker thread before torch is used there; what others take is
     measured while torch is imported.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+    let_threads_sleep()
     began, busy = time.monotonic(), _seconds_of_others()
     import torch
 
