@@ -1,15 +1,16 @@
 """Labels that come to a volume from others that are labelled throughout (multi-atlas segmentation).
 
-Each of a few labelled volumes, the atlases, is registered to the volume; the labels that arrive are averaged,
-voxel by voxel, by how well each atlas fits there (Artaechevarria et al., Combination strategies in multi-atlas image
-segmentation, IEEE TMI 28(8), 2009; a survey: Iglesias and Sabuncu, Medical Image Analysis 24(1), 2015). Whether
-that is any good is seen first on the atlases themselves, of which each has labels to compare with.
+Each of a few labelled volumes, the atlases, is registered to the volume; the labels that arrive are taken from where
+patches look alike (`label_fusion.py`), and averaged, voxel by voxel, by how well each atlas fits there (Artaechevarria
+et al., Combination strategies in multi-atlas image segmentation, IEEE TMI 28(8), 2009; a survey: Iglesias and Sabuncu,
+Medical Image Analysis 24(1), 2015). Whether that is any good is seen first on the atlases themselves, of which each has
+labels to compare with.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from kaf_model.config import SliceConfig
 from kaf_model.engine import is_out_of_memory, release_memory
+from kaf_model.label_fusion import HALO, by_patches
 from kaf_model.labels import ClassMap, LabelledVolume, open_ends
 from kaf_model.preparation import PreparedVolume
 from kaf_model.progress import Progress, reported
@@ -31,6 +33,8 @@ LIKENESS_POWER = 2
 
 LEAST_LIKENESS = 1e-3
 """Lowest such correlation that is told from a lower one."""
+
+_VOXELS_AT_ONCE = 1_000_000
 
 LEAST_SHARE = 0.01
 """Lowest share of a channel in what arrives at a voxel, where a network is asked as well."""
@@ -212,19 +216,27 @@ class Atlases:
             return None
         box = _around([found.box for _, found in arrived])
         size = [part.stop - part.start for part in box]
-        weights = [_weight(found, box, size) for _, found in arrived]
-        total = torch.stack(weights).sum(0)
         shares = torch.zeros(self._num_channels, *size, dtype=torch.float16)
-        background = torch.ones(size, device=self._device)
-        for channel in range(1, self._num_channels):
-            brought = torch.zeros(size, device=self._device)
-            for (atlas, found), weight in zip(arrived, weights, strict=True):
-                inner = _within(found.box, box)
-                brought[inner] += weight[inner] * atlas.brought(channel, found.points)
+        thickness = max(1, _VOXELS_AT_ONCE // (size[1] * size[2]))
+        for first in range(box[0].start, box[0].stop, thickness):
+            slab = (slice(first, min(first + thickness, box[0].stop)), *box[1:])
+            total = torch.zeros([part.stop - part.start for part in slab], device=self._device)
+            brought = torch.zeros(self._num_channels - 1, *total.shape, device=self._device)
+            for atlas, found in arrived:
+                weight = torch.full_like(total, LEAST_LIKENESS)
+                rows = slice(max(first, found.box[0].start), min(slab[0].stop, found.box[0].stop))
+                if rows.start < rows.stop:
+                    inner = _within((rows, *found.box[1:]), slab)
+                    own = _within((rows, *found.box[1:]), found.box)[0]
+                    weight[inner] = found.likeness[own].clamp_min(LEAST_LIKENESS)
+                    labels = atlas.labels_at(found, own, picture.values, range(1, self._num_channels))
+                    brought[:, *inner] += weight[inner] ** LIKENESS_POWER * labels
+                total += weight**LIKENESS_POWER
+                yield
             brought /= total
-            background -= brought
-            shares[channel] = brought
-        shares[0] = background
+            place = _within(slab, box)[0]
+            shares[1:, place] = brought.half().cpu()
+            shares[0, place] = (1 - brought.sum(0)).half().cpu()
         return AtlasLabels(picture.shape, box, shares)
 
     def _picture(self, volume: Volume) -> Picture:
@@ -276,6 +288,22 @@ class _Atlas:
         there: Tensor = sampled((self.channels == channel).float()[None], points, beyond="zeros")[0]
         return there
 
+    def labels_at(self, found: Registered, rows: slice, seen: Tensor, channels: Iterable[int]) -> Tensor:
+        """What comes to some rows of the box in which this atlas was registered to an image, (C, z, h, w) of 0..1.
+
+        Args:
+            found: The registration.
+            rows: Rows of its box.
+            seen: (Z, H, W) of the image.
+            channels: C of them.
+        """
+        near = slice(max(rows.start - HALO, 0), min(rows.stop + HALO, len(found.points)))
+        points = found.points[near]
+        labels = torch.stack([self.brought(channel, points) for channel in channels])
+        image = sampled(self.picture.values[None], points)[0]
+        fused = by_patches(seen[found.box][near], image, labels)
+        return fused[:, rows.start - near.start : rows.stop - near.start]
+
 
 def _is_whole(case: LabelledVolume) -> bool:
     """Whether everything that a volume shows of the structures is labelled."""
@@ -287,13 +315,6 @@ def _is_whole(case: LabelledVolume) -> bool:
 
 def _near(volume: Volume, config: SliceConfig) -> bool:
     return volume.num_slices > 1 and lie_near((volume.spacing[0], *Slices(volume, config).spacing))
-
-
-def _weight(found: Registered, box: Box, size: Sequence[int]) -> Tensor:
-    """How much an atlas counts at each voxel of a box that holds its own."""
-    weight = torch.full(tuple(size), LEAST_LIKENESS, device=found.points.device)
-    weight[_within(found.box, box)] = found.likeness.clamp_min(LEAST_LIKENESS)
-    return weight**LIKENESS_POWER
 
 
 def _around(boxes: Sequence[Box]) -> Box:

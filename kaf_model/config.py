@@ -503,8 +503,8 @@ class SegmentConfig(Settings):
         "best",
         description="Segment slices as they lie (fixed), turned to the angle at which the model contradicts itself "
         "least on three slices of the volume (best), or averaged over that angle and 30 degrees either way "
-        "(average, three times the work). Volumes with finished slices, and those that labelled volumes are "
-        "registered to, are segmented as they lie.",
+        "(average, three times the work). Volumes with finished slices are segmented as they lie, and "
+        "so are, or averaged about that, those that labelled volumes are registered to.",
     )
     largest_component: Literal["learned", "all", "none"] = Field(
         "learned",

@@ -76,8 +76,8 @@ def segment(
         OutOfMemory: If not even one slice fits the device; before, batches are made smaller.
     """
     config = config or SegmentConfig()
-    if slices is not None or propagation is not None or atlas_labels is not None:
-        config = config.override(orientation="fixed")  # for a look at some, or as they are known to lie
+    if slices is not None or propagation is not None:
+        config = config.override(orientation="fixed")  # for a look at some, or as the model has learnt them
     stack = Slices(volume, model.slices)
     wanted = list(range(volume.num_slices)) if slices is None else sorted(set(slices))
     values = np.array([label.value for label in model.classes])
@@ -86,7 +86,8 @@ def segment(
     probabilities = store.empty((len(values), *volume.shape)) if config.probabilities else None
     uncertainty = store.empty(volume.shape) if config.uncertainty else None
     network = _Network(model, stack, config, cache)
-    angle = 0.0 if config.orientation == "fixed" else (yield from network.best_angle(wanted))
+    known = config.orientation == "fixed" or atlas_labels is not None  # which fit as the slices lie
+    angle = 0.0 if known else (yield from network.best_angle(wanted))
     done = 0
     angles = angles_at(angle, config.orientation)
     for rows, maps, message in network.maps(wanted, angles, propagation, atlas_labels):

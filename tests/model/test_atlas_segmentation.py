@@ -16,6 +16,7 @@ from kaf_model.checkpoint import Model
 from kaf_model.cli import main
 from kaf_model.config import KeypointConfig, ModelConfig, SegmentConfig
 from kaf_model.evaluate import evaluate_volume
+from kaf_model.prediction import predict_slices
 from kaf_model.segment import segment, segment_volume
 from kaf_model.segment_files import plan_outputs, segment_files
 from kaf_model.unet import build_network
@@ -101,16 +102,19 @@ def test_atlases_help_a_network_as_much_as_their_weight_says(model):
     assert np.array_equal(without, alone)
 
 
-def test_a_volume_that_atlases_were_registered_to_is_not_turned(model, monkeypatch):
-    def never(predict):
-        raise AssertionError
+@pytest.mark.parametrize(("orientation", "expected"), [("best", (0.0,)), ("average", (0.0, -30.0, 30.0))])
+def test_no_angle_is_looked_for_in_a_volume_that_atlases_fit(model, monkeypatch, orientation, expected):
+    asked = set()
 
-    monkeypatch.setattr("kaf_model.segment.best_angle", never)
+    def spying(*given, angles, **more):
+        asked.add(tuple(angles))
+        return predict_slices(*given, angles=angles, **more)
+
+    monkeypatch.setattr("kaf_model.segment.predict_slices", spying)
     volume, _ = subject()
     brought = done(two_atlases().labels_of(volume))
-    assert done(
-        segment(model, volume, SIMPLE.override(orientation="best"), atlas_labels=brought)
-    ).labels.any()
+    done(segment(model, volume, SIMPLE.override(orientation=orientation), atlas_labels=brought))
+    assert asked == {expected}
 
 
 @pytest.mark.parametrize(
