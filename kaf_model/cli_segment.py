@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,13 +15,6 @@ from kaf_model.cli_propagate import say_open_ends
 from kaf_model.cli_settings import choose_settings
 from kaf_model.cli_train import say_notice
 from kaf_model.errors import UserError
-
-if TYPE_CHECKING:
-    from kaf_model.atlases import Atlases
-    from kaf_model.checkpoint import Model
-    from kaf_model.config import SegmentConfig
-
-_UNKNOWN_LABEL = "take a model that knows it, or correct the labels"
 
 
 def demo(
@@ -153,12 +146,18 @@ def segment(
     given = {**chosen, **{name: on or None for name, on in switches.items()}}
     recipe = choose_settings(None, config, assignments, {"segment": given}).recipe
 
-    from kaf_model.cases import check_named, read_cases
+    from kaf_model.cases import read_cases
     from kaf_model.checkpoint import load_model
     from kaf_model.engine import choose_device
     from kaf_model.keypoints import KeypointCache
     from kaf_model.labels import SliceStatus
-    from kaf_model.segment_files import plan_outputs, segment_files, write_class_names
+    from kaf_model.segment_files import (
+        check_known,
+        plan_outputs,
+        read_atlases,
+        segment_files,
+        write_class_names,
+    )
     from kaf_model.volume import volume_name
 
     if overwrite and skip_existing:
@@ -184,14 +183,14 @@ def segment(
         unused = sorted(known.keys() - {volume_name(plan.volume) for plan in planned})
         if unused:
             raise UserError(f"slices of {unused[0]} are named, which is not segmented")
-        check_named(known.values(), _names(loaded), advice=_UNKNOWN_LABEL)
+        check_known(known.values(), loaded)
     if not todo:
         out.line(f"all {len(planned)} label maps are there: {output}")
         return
     atlases = None
     if atlas_images is not None and atlas_labels is not None and recipe.segment.registration:
         same = {"slice_axis": slice_axis, "fill_nan": fill_nan}
-        atlases = _atlases(out, loaded, recipe.segment, atlas_images, atlas_labels, **same)
+        atlases = out.run(read_atlases(loaded, recipe.segment, atlas_images, atlas_labels, **same))
     work = segment_files(
         loaded, todo, recipe.segment, labelled=known, atlases=atlases, cache=cache, **reading
     )
@@ -214,30 +213,6 @@ def segment(
     took = duration_text(time.monotonic() - started)
     out.line(f"segmented {len(done.written)} of {len(planned)} volumes in {took}{there}{failed}: {output}")
     say_notice(out, cache.notice)
-
-
-def _names(model: Model) -> dict[int, str]:
-    return {label.value: label.name for label in model.classes}
-
-
-def _atlases(
-    out: Output, model: Model, config: SegmentConfig, images: Path, labels: Path, **reading: Any
-) -> Atlases | None:
-    """The labelled volumes that are to be registered to others; None if they do not fit each other."""
-    from kaf_model.atlases import Atlases
-    from kaf_model.cases import check_named, read_cases
-    from kaf_model.labels import ClassMap
-
-    cases = out.run(read_cases(images, labels, tell_unpaired=False, **reading))
-    check_named(cases, _names(model), advice=_UNKNOWN_LABEL)
-    atlases = Atlases(cases, ClassMap(model.classes), model.slices, most=config.atlases, device=model.device)
-    if len(atlases) < 2:
-        raise UserError(
-            "two or more volumes are needed that are labelled throughout, with slices at most two pixels apart; of "
-            f"the {len(cases)} in {images} {len(atlases)} can be registered to others"
-        )
-    agreement = out.run(atlases.agreement(config.least_agreement, "segment others by them"))
-    return None if agreement is None else atlases
 
 
 def evaluate(

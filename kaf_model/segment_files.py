@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaf_model.atlases import Atlases
+from kaf_model.cases import check_named, read_cases
 from kaf_model.checkpoint import ClassLabel, Model
 from kaf_model.config import SegmentConfig
 from kaf_model.errors import UserError, VolumeError
 from kaf_model.evaluate import MAP_ENDINGS
 from kaf_model.keypoints import KeypointCache
 from kaf_model.label_names import LABEL_NAMES
-from kaf_model.labels import LabelledVolume
+from kaf_model.labels import ClassMap, LabelledVolume
 from kaf_model.progress import Progress
 from kaf_model.propagation import propagate
 from kaf_model.segment import Segmentation, segment
@@ -184,6 +185,49 @@ def segment_files(
         none = f"none of {len(failed)} volumes could be segmented: " if len(failed) > 1 else ""
         raise UserError(none + failed[0])
     return SegmentedFiles(tuple(written), tuple(failed))
+
+
+def check_known(cases: Iterable[LabelledVolume], model: Model) -> None:
+    """Check that a model knows every label that is painted on a labelled slice.
+
+    Raises:
+        UserError: Naming the first that it does not know.
+    """
+    names = {label.value: label.name for label in model.classes}
+    check_named(cases, names, advice="take a model that knows it, or correct the labels")
+
+
+def read_atlases(
+    model: Model, config: SegmentConfig, images: Path, labels: Path, **reading: Any
+) -> Generator[Progress, None, Atlases | None]:
+    """Read the labelled volumes that are to be registered to those that a model segments.
+
+    Args:
+        model: The model.
+        config: How many are used, and how well they have to fit each other.
+        images: Folder of volumes that are labelled throughout.
+        labels: Folder of their label maps.
+        **reading: As for `read_volume`.
+
+    Yields:
+        Progress in volumes and registrations, with a message about how well they fit.
+
+    Returns:
+        None if they do not fit each other.
+
+    Raises:
+        UserError: If there are not two that can be registered, or the model does not know a label.
+    """
+    cases = yield from read_cases(images, labels, tell_unpaired=False, **reading)
+    check_known(cases, model)
+    atlases = Atlases(cases, ClassMap(model.classes), model.slices, most=config.atlases, device=model.device)
+    if len(atlases) < 2:
+        raise UserError(
+            "two or more volumes are needed that are labelled throughout, with slices at most two pixels apart; of "
+            f"the {len(cases)} in {images} {len(atlases)} can be registered to others"
+        )
+    agreement = yield from atlases.agreement(config.least_agreement, "segment others by them")
+    return None if agreement is None else atlases
 
 
 def write_class_names(folder: Path, classes: Sequence[ClassLabel], *, overwrite: bool) -> str:

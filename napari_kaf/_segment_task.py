@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from kaf_model.propagation import Propagation
     from kaf_model.segment import Segmentation
     from napari_kaf._snapshot import Snapshot
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,8 @@ class SegmentRequest:
         folder: Folder of volumes.
         output: Folder for the label files of a folder.
         references: Folder of reference label files, or None.
+        atlases: Folders of volumes that are labelled throughout, to be registered to the others, and of their label
+            maps; or None.
     """
 
     model: Path
@@ -74,6 +79,7 @@ class SegmentRequest:
     folder: Path | None = None
     output: Path | None = None
     references: Path | None = None
+    atlases: tuple[Path, Path] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +110,14 @@ class SegmentOutcome:
         problems: Files that were passed over, references and finished slices that were not used, and why.
         stopped: Whether it was cancelled.
         finished: How many finished slices were kept and carried to the others.
+        registered: How many volumes labelled ones were registered to.
     """
 
     scores: Scores
     problems: Sequence[str] = ()
     stopped: bool = False
     finished: int = 0
+    registered: int = 0
 
 
 @dataclass
@@ -130,27 +138,39 @@ def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, No
     from kaf_model.engine import choose_device, release_memory
     from kaf_model.keypoints import KeypointCache
     from kaf_model.segment import segment
+    from kaf_model.segment_files import read_atlases
 
     device = choose_device(request.device)
     model = load_model(request.model, device=device)
     names = {label.value: label.name for label in model.classes if label.value}
     rows: list[ClassScore] = []
     problems: list[str] = []
-    used = 0
+    used = registered = 0
     total, items = _items(request)
     cache = KeypointCache()
+    atlases = None
+    if request.atlases is not None:
+        told: list[str] = []
+        reading = read_atlases(model, request.config, *request.atlases, fill_nan=0)
+        atlases = yield from _worked(reading, control, told)
+        problems += told if atlases is None else told[:-1]  # the last is that they fit
     for number, item in enumerate(items, start=1):
         if isinstance(item, str):
             problems.append(item)
             yield Report(Progress("segmenting", 0, None, message=item))
             continue
         problems += item.problems
-        segmentation = carried = None
+        segmentation = carried = brought = None
         if item.finished is not None:
             carried, problem = yield from _carried(item.finished, model, names, control)
             if problem:
                 problems.append(f"the finished slices of {item.name} were not used: {problem}")
-        work = segment(model, item.volume, request.config, propagation=carried, cache=cache)
+        if atlases is not None and carried is None:
+            brought = yield from _worked(atlases.labels_of(item.volume), control, problems)
+            registered += brought is not None
+        work = segment(
+            model, item.volume, request.config, propagation=carried, atlas_labels=brought, cache=cache
+        )
         try:
             while segmentation is None and not control.cancelled:
                 with interruptible(lambda: control.cancelled):
@@ -177,7 +197,24 @@ def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, No
         yield VolumeSegmented(item.key, item.name, segmentation, names, scored)
     del model
     release_memory()
-    return SegmentOutcome(Scores(tuple(rows), tuple(problems)), problems, control.cancelled, used)
+    return SegmentOutcome(Scores(tuple(rows), tuple(problems)), problems, control.cancelled, used, registered)
+
+
+def _worked(
+    work: Generator[Progress, None, Result], control: Control, told: list[str]
+) -> Generator[Report, None, Result | None]:
+    """Do some work, unless it is cancelled; what it tells is kept."""
+    with contextlib.closing(work):
+        while not control.cancelled:
+            try:
+                progress = next(work)
+            except StopIteration as done:
+                result: Result = done.value
+                return result
+            if progress.message:
+                told.append(progress.message)
+            yield Report(progress)
+    return None
 
 
 def _carried(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,8 @@ class SegmentWidget(Panel):
         self.column.addWidget(self._make_folder())
         self.column.addWidget(heading("Options"))
         self.column.addLayout(self._make_options())
+        self.column.addWidget(heading("Labelled volumes to go by"))
+        self.column.addLayout(self._make_atlases())
         self.row = JobRow(self.life, "Segment", self.start)
         self.row.button.setToolTip("Segment every chosen volume; Cancel keeps those that are done")
         self.column.addWidget(self.row)
@@ -143,10 +146,12 @@ class SegmentWidget(Panel):
             orientation=self.orientation.currentData(),
             flips=self.flips.isChecked(),
         )
+        atlases = self._atlases()
         if self.source.currentIndex() == _OPEN:
             request = SegmentRequest(choice.path, config, self.device.currentText(), self._open_sources())
         else:
             request = self._folder_request(choice.path, config)
+        request = replace(request, atlases=atlases)
         self._rows = []
         self.table.setRowCount(0)
         self._show_table()
@@ -175,6 +180,31 @@ class SegmentWidget(Panel):
         form.addRow(self.uncertainty)
         form.addRow(self.flips)
         return form
+
+    def _make_atlases(self) -> QFormLayout:
+        form = QFormLayout()
+        self.atlas_images = FolderRow(
+            "Folder of volumes that are labelled throughout, two or more, with slices at most two pixels apart: if "
+            "they fit each other, they are registered to each volume, and what they bring is joined with the model's "
+            "opinion",
+            "optional",
+        )
+        self.atlas_labels = FolderRow(
+            "Folder of the label maps of the labelled volumes, of the same names", "optional"
+        )
+        form.addRow("Volumes", self.atlas_images)
+        form.addRow("Labels", self.atlas_labels)
+        return form
+
+    def _atlases(self) -> tuple[Path, Path] | None:
+        images, labels = self.atlas_images.path, self.atlas_labels.path
+        if images is None and labels is None:
+            return None
+        if images is None or labels is None:
+            raise UserError(
+                "of the labelled volumes to go by, choose the folder of volumes and that of their labels, or neither"
+            )
+        return images, labels
 
     def _show_table(self) -> None:
         there = self.table.rowCount() > 0
@@ -335,6 +365,8 @@ class SegmentWidget(Panel):
         )
         if outcome.finished:
             told += f"; {_slices(outcome.finished)} of yours kept and carried to the others"
+        if outcome.registered:
+            told += f"; labelled ones were registered to {outcome.registered} of them"
         if outcome.problems:
             told += f"; {'; '.join(outcome.problems[:3])}"
             told += f" and {more} more" if (more := len(outcome.problems) - 3) > 0 else ""
