@@ -166,7 +166,8 @@ def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, No
             if problem:
                 problems.append(f"the finished slices of {item.name} were not used: {problem}")
         if atlases is not None and carried is None:
-            brought = yield from _worked(atlases.labels_of(item.volume), control, problems)
+            stage = f"registering labelled volumes to {item.name} ({number} of {total})"
+            brought = yield from _worked(atlases.labels_of(item.volume), control, problems, stage)
             registered += brought is not None
         work = segment(
             model, item.volume, request.config, propagation=carried, atlas_labels=brought, cache=cache
@@ -201,7 +202,7 @@ def segment_task(request: SegmentRequest, control: Control) -> Generator[Any, No
 
 
 def _worked(
-    work: Generator[Progress, None, Result], control: Control, told: list[str]
+    work: Generator[Progress, None, Result], control: Control, told: list[str], stage: str = ""
 ) -> Generator[Report, None, Result | None]:
     """Do some work, unless it is cancelled; what it tells is kept."""
     with contextlib.closing(work):
@@ -213,7 +214,7 @@ def _worked(
                 return result
             if progress.message:
                 told.append(progress.message)
-            yield Report(progress)
+            yield Report(replace(progress, stage=stage or progress.stage))
     return None
 
 

@@ -366,7 +366,8 @@ class SegmentWidget(Panel):
         if outcome.finished:
             told += f"; {_slices(outcome.finished)} of yours kept and carried to the others"
         if outcome.registered:
-            told += f"; labelled ones were registered to {outcome.registered} of them"
+            them = "it" if count == 1 else f"{outcome.registered} of them"
+            told += f"; labelled ones were registered to {them}"
         if outcome.problems:
             told += f"; {'; '.join(outcome.problems[:3])}"
             told += f" and {more} more" if (more := len(outcome.problems) - 3) > 0 else ""
