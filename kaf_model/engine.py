@@ -254,6 +254,10 @@ class Trainer:
             NonFiniteLoss: If a loss is NaN or infinite; the weights are those before that step.
             OutOfMemory: If one slice at a time does not fit, or the share of one of several processes.
         """
+        with self._threads.used() if self._threads else contextlib.nullcontext():
+            yield from self._run(batch_at, stage)
+
+    def _run(self, batch_at: Callable[[int, int], list[Any]], stage: str) -> Iterator[Progress]:
         statistics = [buffer for buffer in self.raw_module.buffers() if buffer.is_floating_point()]
         before = [buffer.clone() for buffer in statistics]
         while not self.finished:

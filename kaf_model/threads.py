@@ -14,10 +14,13 @@ from statistics import median
 
 import torch
 
-_STEPS = 5  # of a trial with one number; the first, in which threads start, does not count
-_GAIN = 0.95  # of the time of a step, which another number has to stay below
-_PAUSE = 10.0  # seconds between trials
-_TRIALS_SHARE = 10  # and as many times as long as the last one took
+_STEPS = 9  # of a trial with one number; the first, in which threads start, does not count
+_GAIN = 0.93  # of the time of a step, which another number has to stay below
+_PAUSE = 30.0  # seconds between trials
+_TRIALS_SHARE = 20  # and as many times as long as the last one took
+_OTHERWISE = 1.5  # times as long, or as short, as steps were in the last trial
+_STEPS_OTHERWISE = 8  # of them one after the other begin a trial early
+_LEAST_PAUSE = 0.2  # of the pause, which passes all the same
 
 
 def may_choose_threads(device: torch.device) -> bool:
@@ -39,7 +42,9 @@ class ThreadChoice:
         self._best = len(self._counts) - 1
         self._trial = self._neighbours()
         self._times: dict[int, list[float]] = {}
-        self._pause = 0.0
+        self._typical = 0.0
+        self._pause = self._left = 0.0
+        self._otherwise = 0
 
     @property
     def count(self) -> int:
@@ -49,8 +54,11 @@ class ThreadChoice:
     def took(self, seconds: float) -> None:
         """Hear how long a step with `count` threads took."""
         if not self._trial:
-            self._pause -= seconds
-            if self._pause <= 0:
+            self._left -= seconds
+            usual = self._typical / _OTHERWISE < seconds < self._typical * _OTHERWISE
+            self._otherwise = 0 if usual else self._otherwise + 1
+            changed = self._otherwise >= _STEPS_OTHERWISE
+            if self._left <= 0 or (changed and self._left < (1 - _LEAST_PAUSE) * self._pause):
                 self._trial = self._neighbours()
             return
         times = self._times.setdefault(self._trial[0], [])
@@ -74,16 +82,29 @@ class ThreadChoice:
         if typical[quickest] < _GAIN * typical[self._best]:
             self._best = quickest
             self._trial = self._neighbours()
-        else:
-            self._pause = max(_PAUSE, _TRIALS_SHARE * spent)
+            return
+        self._typical, self._otherwise = typical[self._best], 0
+        self._pause = self._left = max(_PAUSE, _TRIALS_SHARE * spent)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Do a step inside the block with `count` threads of torch's, and hear how long it took."""
-        before, began = torch.get_num_threads(), time.monotonic()
-        torch.set_num_threads(self.count)
+    def used(self) -> Iterator[None]:
+        """Give torch back, after the block, the threads that it has now."""
+        before = torch.get_num_threads()
         try:
             yield
         finally:
-            torch.set_num_threads(before)
+            _set_threads(before)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Do a step inside the block with `count` of torch's threads, and hear how long it took."""
+        _set_threads(self.count)
+        began = time.monotonic()
+        yield
         self.took(time.monotonic() - began)
+
+
+def _set_threads(count: int) -> None:
+    """Have torch use some threads; it forgets all that it has prepared to compute when that is said anew."""
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -44,7 +45,22 @@ def test_what_other_programs_take_meanwhile_is_noticed() -> None:
     assert work(choice, lambda count: 0.1 / count, 50)[-1] == 2
     busy = work(choice, lambda count: 0.1 * count, 400)
     assert busy[-1] == 1
-    assert work(choice, lambda count: 0.1 / count, 400)[-1] == 2
+    assert busy[:80].count(1) > 20  # soon
+    assert work(choice, lambda count: 0.06 / count, 400)[-1] == 2
+
+
+def test_steps_that_last_longer_from_now_on_begin_a_trial_early() -> None:
+    choice = ThreadChoice(2)
+    work(choice, {1: 0.039, 2: 0.038}.__getitem__, 100)
+    larger = work(choice, {1: 0.104, 2: 0.075}.__getitem__, 60)
+    assert 1 in larger
+    assert larger[-1] == 2
+
+
+def test_steps_of_all_lengths_are_not_tried_all_the_time() -> None:
+    choice, lengths = ThreadChoice(2), itertools.cycle([0.1] * 10 + [0.5] * 10)
+    counts = work(choice, lambda count: next(lengths) * (3 - count), 2000)
+    assert counts.count(1) < 600
 
 
 @pytest.mark.parametrize("step", [0.01, 1.0])
@@ -61,13 +77,17 @@ def test_a_slow_first_step_decides_nothing() -> None:
     assert counts[-1] == 2
 
 
-def test_a_step_has_the_chosen_threads_and_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_num_threads()
+def test_steps_have_the_chosen_threads_and_leave_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, said = torch.get_num_threads(), []
+    plain = torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: said.append(count) or plain(count))
     choice = ThreadChoice(before + 1)
-    with choice.step():
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before
-    with pytest.raises(RuntimeError), choice.step():
+    with choice.used():
+        for _ in range(3):
+            with choice.step():
+                assert torch.get_num_threads() == before + 1
+    assert said == [before + 1, before]  # torch forgets what it has prepared each time
+    with pytest.raises(RuntimeError), choice.used(), choice.step():
         raise RuntimeError
     assert torch.get_num_threads() == before
 
