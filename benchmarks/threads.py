@@ -13,10 +13,8 @@ import os
 import subprocess
 import sys
 
-os.environ |= {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "1000",
-}  # as kaf has it, before torch is imported
+# As kaf has it; before torch is imported.
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 import torch
 

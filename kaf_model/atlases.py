@@ -189,10 +189,8 @@ class Atlases:
             memory runs out.
         """
         report = Progress("registering labelled volumes", 0, None)
-        found, why = (
-            None,
-            f"the slices of {volume.name} lie too far apart for labelled volumes to be registered to it",
-        )
+        found = None
+        why = f"the slices of {volume.name} lie too far apart for labelled volumes to be registered to it"
         if _near(volume, self._config):
             why = f"no labelled volume could be registered to {volume.name}"
             try:

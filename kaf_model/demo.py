@@ -8,7 +8,6 @@ side by side; the UNet segments the other slices of the labelled subject as well
 
 from __future__ import annotations
 
-import contextlib
 import math
 import textwrap
 import time
@@ -32,7 +31,7 @@ from kaf_model.label_names import class_names
 from kaf_model.labels import SliceStatus
 from kaf_model.phantom import HEART_CLASSES, write_cohort
 from kaf_model.pretrain import pretrain
-from kaf_model.progress import Progress
+from kaf_model.progress import Progress, retold
 from kaf_model.segment_files import plan_outputs, segment_files, write_class_names
 from kaf_model.volume import read_labels, read_volume
 
@@ -294,26 +293,16 @@ def _write_cohorts(
 
 def _named(stage: str, work: Generator[Progress, None, Result]) -> Generator[Progress, None, Result]:
     """Pass progress on under another name of the stage."""
-    with contextlib.closing(work):
-        while True:
-            try:
-                progress = next(work)
-            except StopIteration as done:
-                result: Result = done.value
-                return result
-            yield replace(progress, stage=stage if progress.losses else progress.stage)
+    return (
+        yield from retold(
+            work, lambda report: replace(report, stage=stage if report.losses else report.stage)
+        )
+    )
 
 
 def _quietly(stage: str, work: Generator[Progress, None, Result]) -> Generator[Progress, None, Result]:
     """Pass progress on without its messages."""
-    with contextlib.closing(work):
-        while True:
-            try:
-                progress = next(work)
-            except StopIteration as done:
-                result: Result = done.value
-                return result
-            yield replace(progress, stage=stage, message="")
+    return (yield from retold(work, lambda report: replace(report, stage=stage, message="")))
 
 
 def _draw(output: Path, image: Path, scores: dict[str, Scores]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -53,6 +54,28 @@ def reported(work: Generator[object, None, Result], report: Progress) -> Generat
             result: Result = done.value
             return result
         yield report
+
+
+def retold(
+    work: Generator[Progress, None, Result], change: Callable[[Progress], Progress]
+) -> Generator[Progress, None, Result]:
+    """Do work with its reports changed, and close it when this is closed.
+
+    Args:
+        work: What is done.
+        change: Makes the report that is yielded instead of one.
+
+    Returns:
+        What the work returns.
+    """
+    with closing(work):
+        while True:
+            try:
+                progress = next(work)
+            except StopIteration as done:
+                result: Result = done.value
+                return result
+            yield change(progress)
 
 
 def finished(work: Generator[object, None, Result]) -> Result:

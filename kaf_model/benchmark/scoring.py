@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +17,9 @@ from kaf_model.config import SegmentConfig
 from kaf_model.evaluate import ClassScore, evaluate_volume
 from kaf_model.keypoints import KeypointCache
 from kaf_model.labels import LabelledVolume
-from kaf_model.progress import Progress
+from kaf_model.progress import Progress, retold
 from kaf_model.propagation import Propagation, propagate
 from kaf_model.segment import segment
-
-Result = TypeVar("Result")
 
 
 def score_cases(
@@ -54,28 +51,15 @@ def score_cases(
     scores: list[CaseScore] = []
     for number, (case, truth) in enumerate(cases):
         carried = (yield from _carried(model, truth)) if without_labelled and config.propagation else None
+        here = partial(replace, stage="scoring", step=number, total=total)
         brought = None
         if atlases is not None:
-            brought = yield from _as_scoring(atlases.labels_of(truth.volume), number, total)
+            brought = yield from retold(atlases.labels_of(truth.volume), here)
         work = segment(model, truth.volume, config, propagation=carried, atlas_labels=brought, cache=cache)
-        predicted = yield from _as_scoring(work, number, total)
+        predicted = yield from retold(work, here)
         scores += compare(case, predicted.labels, truth, classes, without_labelled=without_labelled)
         yield Progress("scoring", number + 1, total)
     return scores
-
-
-def _as_scoring(
-    work: Generator[Progress, None, Result], number: int, total: int
-) -> Generator[Progress, None, Result]:
-    """Do a part of the work on a volume; its reports say which volume that is."""
-    with contextlib.closing(work):
-        while True:
-            try:
-                progress = next(work)
-            except StopIteration as done:
-                result: Result = done.value
-                return result
-            yield replace(progress, stage="scoring", step=number, total=total)
 
 
 def _carried(model: Model, truth: LabelledVolume) -> Generator[Progress, None, Propagation | None]:
